@@ -1,0 +1,2 @@
+//! tdfs
+fn main() {}
