@@ -153,3 +153,92 @@ pub(crate) fn ensure(
 ) -> Result<(), FormatError> {
     if condition { Ok(()) } else { Err(FormatError::Invalid { name, reason: reason() }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Encode, Decode)]
+    struct Sample {
+        numbers: Vec<u64>,
+        text: String,
+    }
+
+    impl Format for Sample {
+        const MAGIC: [u8; 8] = *b"TDFSTEST";
+        const VERSION: u16 = 3;
+        const MAX_BYTES: usize = 4096;
+        const NAME: &'static str = "sample";
+
+        fn validate(&self) -> Result<(), FormatError> {
+            ensure(self.text != "refuse", Self::NAME, || "refused".into())
+        }
+    }
+
+    fn sample() -> Vec<u8> {
+        encode(&Sample { numbers: (0..100).collect(), text: "hello".into() }).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn round_trips(numbers in proptest::collection::vec(any::<u64>(), 0..100), text in ".{0,40}") {
+            let value = Sample { numbers, text };
+            prop_assert_eq!(decode::<Sample>(&encode(&value).unwrap()).unwrap(), value);
+        }
+
+        #[test]
+        fn any_bytes_end_in_a_value_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<Sample>(&bytes);
+            let mut framed = sample()[..HEADER_LEN].to_vec();
+            framed.extend(bytes);
+            prop_assert!(decode::<Sample>(&framed).is_err());
+        }
+    }
+
+    #[test]
+    fn each_header_field_is_checked() {
+        let with = |at: usize, value: u8| {
+            let mut bytes = sample();
+            bytes[at] = value;
+            decode::<Sample>(&bytes).unwrap_err()
+        };
+        assert!(matches!(with(0, b'X'), FormatError::Magic("sample")));
+        assert!(matches!(with(8, 4), FormatError::Version { version: 4, supported: 3, .. }));
+        assert!(matches!(with(16, 2), FormatError::Incompatible { flags: 2, .. }));
+        assert!(matches!(with(22, 1), FormatError::TooLarge { .. }));
+        assert!(matches!(with(20, 1), FormatError::Damaged { .. }));
+        assert!(matches!(decode::<Sample>(&sample()[..20]).unwrap_err(), FormatError::Magic(_)));
+        let mut unknown_compat = sample();
+        unknown_compat[12] = 1;
+        assert!(decode::<Sample>(&unknown_compat).is_ok(), "a compatible feature is ignored");
+    }
+
+    #[test]
+    fn every_truncation_and_appended_garbage_is_refused() {
+        let bytes = sample();
+        for len in 0..bytes.len() {
+            assert!(decode::<Sample>(&bytes[..len]).is_err(), "{len}");
+        }
+        assert!(decode::<Sample>(&[bytes.as_slice(), b"x"].concat()).is_err());
+    }
+
+    #[test]
+    fn a_length_bomb_is_refused_before_allocation() {
+        // A vector of 2^60 numbers, in eleven honest-looking bytes.
+        let raw: Vec<u8> = [&[253u8][..], &(1u64 << 60).to_le_bytes(), &[0]].concat();
+        let mut bytes = sample()[..20].to_vec();
+        bytes.extend((raw.len() as u32).to_le_bytes());
+        bytes.extend(zstd::bulk::compress(&raw, 1).unwrap());
+        assert!(matches!(decode::<Sample>(&bytes).unwrap_err(), FormatError::Damaged { .. }));
+    }
+
+    #[test]
+    fn invalid_values_and_oversized_values_are_refused() {
+        let refused = encode(&Sample { numbers: vec![], text: "refuse".into() }).unwrap();
+        assert!(matches!(decode::<Sample>(&refused).unwrap_err(), FormatError::Invalid { .. }));
+        let big = Sample { numbers: vec![u64::MAX; 4096], text: String::new() };
+        assert!(matches!(encode(&big).unwrap_err(), FormatError::TooLarge { .. }));
+    }
+}
