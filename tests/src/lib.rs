@@ -1,1 +1,5 @@
 //! Shared pieces of the end-to-end tests.
+
+pub mod fingerprint;
+pub mod images;
+pub mod tdfs;
