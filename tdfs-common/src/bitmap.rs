@@ -58,6 +58,11 @@ impl PageBitmap {
         self.0.get(page as usize).is_some_and(|b| *b)
     }
 
+    /// Whether any page of `range`, which must lie below [`len`](Self::len), is in the set.
+    pub fn intersects(&self, range: Range<u64>) -> bool {
+        self.0[range.start as usize..range.end as usize].any()
+    }
+
     /// Adds `page`.
     ///
     /// # Panics
@@ -138,6 +143,8 @@ mod tests {
             prop_assert_eq!(x.iter().collect::<BTreeSet<_>>(), a.clone());
             prop_assert_eq!(x.runs().flatten().collect::<BTreeSet<_>>(), a.clone());
             prop_assert_eq!(x.difference(&y).iter().collect::<BTreeSet<_>>(), &a - &b);
+            let middle = len / 3..len - len / 3;
+            prop_assert_eq!(x.intersects(middle.clone()), a.range(middle).next().is_some());
             prop_assert_eq!(PageBitmap::from_bytes(&x.to_bytes(), len), x);
         }
     }

@@ -10,7 +10,7 @@ use crate::envelope::{Format, FormatError, ensure};
 use crate::page;
 
 /// How the pages were observed, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// BTF-typed tracepoints.
@@ -87,6 +87,73 @@ impl Format for Trace {
             let end = u64::from(touch.page) + u64::from(touch.count);
             ok(touch.count > 0 && end <= pages, "touch outside its file")?;
         }
-        Ok(())
+        let mut ordered: Vec<&Touch> = self.touches.iter().collect();
+        ordered.sort_unstable_by_key(|t| (t.file, t.page));
+        let end = |t: &Touch| u64::from(t.page) + u64::from(t.count);
+        let disjoint = |a: &&Touch, b: &&Touch| a.file != b.file || end(a) <= u64::from(b.page);
+        ok(ordered.is_sorted_by(disjoint), "page of a file twice")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::envelope::{decode, encode};
+
+    fn trace(touches: Vec<Touch>) -> Trace {
+        let file = |path: &str, size| TraceFile {
+            path: path.as_bytes().to_vec(),
+            size,
+            content: ContentHash::of(path.as_bytes()),
+        };
+        Trace {
+            image: Digest::of(b"image"),
+            service: "web".into(),
+            ready: "tcp:80".into(),
+            method: Method::TpBtf,
+            complete: true,
+            lost_events: 0,
+            runs: 1,
+            files: vec![file("bin/a", 40960), file("lib/b", 4097), file("huge", u64::MAX)],
+            touches,
+        }
+    }
+
+    fn touch(file: u32, page: u32, count: u32) -> Touch {
+        Touch { file, page, count }
+    }
+
+    #[test]
+    fn round_trips() {
+        let t = trace(vec![touch(1, 1, 1), touch(0, 4, 6), touch(0, 0, 4), touch(2, u32::MAX, 1)]);
+        assert_eq!(t.pages(), 12);
+        assert_eq!(decode::<Trace>(&encode(&t).unwrap()).unwrap(), t);
+    }
+
+    #[test]
+    fn refuses_what_no_recorder_writes() {
+        for bad in [
+            vec![touch(3, 0, 1)],
+            vec![touch(0, 0, 0)],
+            vec![touch(0, 9, 2)],
+            vec![touch(1, 2, 1)],
+            vec![touch(0, 0, 3), touch(1, 0, 1), touch(0, 2, 1)],
+            vec![touch(2, 7, u32::MAX), touch(2, u32::MAX, 1)],
+        ] {
+            let bytes = encode(&trace(bad.clone())).unwrap();
+            let refused = matches!(decode::<Trace>(&bytes), Err(FormatError::Invalid { .. }));
+            assert!(refused, "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn survives_any_touches(raw in proptest::collection::vec(any::<(u32, u32, u32)>(), 0..20)) {
+            let t = trace(raw.iter().map(|&(f, p, c)| touch(f % 4, p, c)).collect());
+            let outcome = decode::<Trace>(&encode(&t).unwrap());
+            prop_assert!(outcome.is_err() || outcome.unwrap() == t);
+        }
     }
 }

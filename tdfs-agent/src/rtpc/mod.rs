@@ -1,13 +1,19 @@
 //! The runtime page cache: what of the group data zones lies on this node, and is safe to use.
 //!
-//! [`Presence`] is the durable set of present units beside any sparse data file.
+//! [`Zone`] is the data zone of one group, opened for a service: what it lacks, and the file to mount. [`Writer`] adds
+//! verified pages. [`Presence`] is the durable set of present units beside any sparse data file. What survives a crash
+//! and why is said in each of them.
 
 mod presence;
+mod zone;
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use presence::Presence;
+use tdfs_common::envelope::FormatError;
+pub use zone::{Writer, Zone};
 
 /// Why the runtime page cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +26,22 @@ pub enum RtpcError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A file of the cache cannot be written in its format.
+    #[error("{path}: {source}")]
+    Format {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong.
+        source: FormatError,
+    },
+    /// Pages offered to a zone that has no such addresses.
+    #[error("{path}: no zone pages {pages:?}")]
+    OutsideZone {
+        /// The data file.
+        path: PathBuf,
+        /// The addresses.
+        pages: Range<u64>,
+    },
 }
 
 impl RtpcError {
@@ -31,6 +53,7 @@ impl RtpcError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::Format { .. } | Self::OutsideZone { .. } => libc::EIO,
         }
     }
 }
