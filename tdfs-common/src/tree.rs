@@ -9,8 +9,8 @@ use bincode::{Decode, Encode};
 use crate::digest::ContentHash;
 use crate::envelope::{Format, FormatError, ensure};
 
-/// Most inodes of one image.
-pub const INODES_MAX: usize = 4 << 20;
+/// Most inodes of one image; a decoder reserves them at once, which has to stay below the envelope's limit.
+pub const INODES_MAX: usize = 3 << 19;
 /// Longest name, bytes (NAME_MAX).
 pub const NAME_MAX: usize = 255;
 /// Longest symlink target, bytes (PATH_MAX - 1).

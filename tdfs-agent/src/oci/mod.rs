@@ -1,1 +1,2 @@
 //! oci
+pub mod layer;
