@@ -2,4 +2,5 @@
 
 pub mod fingerprint;
 pub mod images;
+pub mod registry;
 pub mod tdfs;

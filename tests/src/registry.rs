@@ -89,7 +89,8 @@ impl Registry {
                 bail!("docker-registry did not start:\n{}", seen.join("\n"));
             };
             if let Some((_, rest)) = line.split_once("listening on ") {
-                let end = rest.find(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).unwrap_or(rest.len());
+                let end =
+                    rest.find(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).unwrap_or(rest.len());
                 break rest[..end].parse().with_context(|| line.clone())?;
             }
             seen.push(line);
