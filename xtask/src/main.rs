@@ -7,6 +7,11 @@ use clap::{Parser, Subcommand};
 use xtask::images::{self, Cache, Compression, IMAGES};
 use xtask::install;
 
+mod bench;
+mod demo;
+mod interrupt;
+mod test;
+
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Developer commands of tdfs")]
 struct Arguments {
@@ -26,10 +31,35 @@ enum Task {
         #[arg(long, value_enum, default_value = "gzip")]
         compression: Compression,
     },
+    /// Record a real image and start it cold, next to a full pull by containerd.
+    ///
+    /// The first run builds tdfs and the image from Debian packages and keeps both. The default image is a large one
+    /// (PyTorch, 0.4 GB compressed), which takes some minutes; `--image nginx` takes under one.
+    Demo {
+        /// nginx, redis, python or pytorch.
+        #[arg(long, value_name = "NAME", default_value = "pytorch")]
+        image: String,
+    },
+    /// Run every check and test.
+    Test {
+        /// Only what needs neither root nor images.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Compare warm starts: tdfs with a resident runtime image, and an overlay of the unpacked layers.
+    Bench {
+        /// nginx, redis, python or pytorch.
+        #[arg(long, value_name = "NAME", default_value = "python")]
+        image: String,
+        /// Pairs of starts.
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        pairs: usize,
+    },
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
+    let task = Arguments::parse().command;
+    match interrupt::survive().and_then(|()| run(task)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -54,5 +84,8 @@ fn run(task: Task) -> Result<()> {
             }
             Ok(())
         }
+        Task::Demo { image } => demo::run(&image),
+        Task::Test { quick } => test::run(quick),
+        Task::Bench { image, pairs } => bench::run(&image, pairs),
     }
 }

@@ -1,0 +1,115 @@
+//! A docker-registry of our own on a free loopback port, and what it says was asked of it.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::command;
+use crate::daemon::Daemon;
+
+/// A running registry; it and all that was pushed to it are gone when it is dropped.
+pub struct Registry {
+    address: SocketAddr,
+    log: PathBuf,
+    // In this order: the server ends before its files go.
+    _daemon: Daemon,
+    _directory: TempDir,
+}
+
+/// What a registry answered, by its access log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// GET and HEAD requests.
+    pub requests: u64,
+    /// Bytes of the answers' bodies.
+    pub bytes: u64,
+}
+
+impl Registry {
+    /// Starts a registry whose files lie below `parent`.
+    pub fn start(parent: &Path) -> Result<Self> {
+        let directory = TempDir::with_prefix_in("registry-", parent)?;
+        // The port is free again when the listener is dropped. Another process could take it first: the registry then
+        // fails with a clear line.
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let config = directory.path().join("config.json");
+        // JSON is YAML too.
+        let settings = json!({
+            "version": "0.1",
+            "log": { "level": "error" },
+            "storage": { "filesystem": { "rootdirectory": directory.path().join("data") } },
+            "http": { "addr": address.to_string() },
+        });
+        fs::write(&config, settings.to_string()).with_context(|| config.display().to_string())?;
+        let log = directory.path().join("log");
+        let is_up = || TcpStream::connect(address).is_ok();
+        let daemon = Daemon::start(Command::new("docker-registry").arg("serve").arg(&config), &log, is_up)?;
+        Ok(Self { address, log, _daemon: daemon, _directory: directory })
+    }
+
+    /// Pushes the image of an OCI layout as `repository:latest`; returns the reference.
+    pub fn push(&self, layout: &Path, repository: &str) -> Result<String> {
+        let reference = format!("{}/{repository}:latest", self.address);
+        command::output(
+            Command::new("skopeo")
+                .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
+                .arg(format!("oci:{}:latest", layout.display()))
+                .arg(format!("docker://{reference}")),
+        )?;
+        Ok(reference)
+    }
+
+    /// What was asked of it since it started.
+    pub fn traffic(&self) -> Result<Traffic> {
+        let log = fs::read_to_string(&self.log).with_context(|| self.log.display().to_string())?;
+        Ok(traffic(&log))
+    }
+}
+
+impl std::ops::Sub for Traffic {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self { requests: self.requests - earlier.requests, bytes: self.bytes - earlier.bytes }
+    }
+}
+
+/// Adds up the lines of an access log in Apache's combined format: `… "GET /path HTTP/1.1" 200 1234 …`.
+fn traffic(log: &str) -> Traffic {
+    let mut traffic = Traffic::default();
+    for line in log.lines() {
+        let mut quoted = line.split('"');
+        let (Some(_), Some(request), Some(answer)) = (quoted.next(), quoted.next(), quoted.next()) else {
+            continue;
+        };
+        let bytes = answer.split_whitespace().nth(1).and_then(|bytes| bytes.parse::<u64>().ok());
+        if let Some(bytes) = bytes
+            && (request.starts_with("GET ") || request.starts_with("HEAD "))
+        {
+            traffic.requests += 1;
+            // A HEAD is logged with the length that a GET would have.
+            traffic.bytes += if request.starts_with("GET ") { bytes } else { 0 };
+        }
+    }
+    traffic
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_access_log() {
+        let log = "time=\"2024-01-01\" level=error msg=\"GET nothing\"\n\
+            127.0.0.1 - - [01/Jan/2024:00:00:00 +0000] \"GET /v2/ HTTP/1.1\" 200 2 \"\" \"agent\"\n\
+            127.0.0.1 - - [01/Jan/2024:00:00:00 +0000] \"HEAD /v2/a/manifests/latest HTTP/1.1\" 200 700 \"\" \"agent\"\n\
+            127.0.0.1 - - [01/Jan/2024:00:00:00 +0000] \"PUT /v2/a/manifests/latest HTTP/1.1\" 201 0 \"\" \"agent\"\n\
+            127.0.0.1 - - [01/Jan/2024:00:00:00 +0000] \"GET /v2/a/blobs/sha256:00 HTTP/1.1\" 206 1000 \"\" \"agent\"\n";
+        assert_eq!(traffic(log), Traffic { requests: 3, bytes: 1002 });
+    }
+}
