@@ -115,6 +115,12 @@ impl Fingerprint {
     }
 }
 
+impl FromIterator<(PathBuf, Entry)> for Fingerprint {
+    fn from_iter<I: IntoIterator<Item = (PathBuf, Entry)>>(entries: I) -> Self {
+        Self { entries: entries.into_iter().collect() }
+    }
+}
+
 impl Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Fingerprint of {} entries", self.entries.len())

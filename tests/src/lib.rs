@@ -3,4 +3,5 @@
 pub mod fingerprint;
 pub mod images;
 pub mod registry;
+pub mod synthetic;
 pub mod tdfs;

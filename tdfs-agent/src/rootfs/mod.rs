@@ -1,1 +1,245 @@
-//! rootfs
+//! The root file system of an image, served by the kernel.
+//!
+//! ```text
+//!  overlay (rw, one per container)
+//!     | lower
+//!  EROFS mount (one per image) ---- metadata file, written here from the tree, unlinked
+//!     | device 1: zone file            hot pages, at page-cache speed
+//!     | device 2: cold device          one file of our FUSE server -> ColdSource -> layers
+//! ```
+//!
+//! Nothing of it survives the process except the mounts themselves, which serve hot pages on and give EIO for cold ones,
+//! until [`recover`] removes them.
+
+pub mod cold;
+pub mod erofs;
+pub mod fuse;
+pub mod inject;
+mod mount;
+pub mod overlay;
+mod read_ahead;
+mod rundir;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tdfs_common::page::PAGE_SIZE;
+use tdfs_common::runtime_image::Run;
+use tdfs_common::tree::Tree;
+use tokio::runtime::Handle;
+
+pub use cold::{ColdSource, ColdStats};
+pub use erofs::ErofsError;
+pub use inject::Injector;
+pub use mount::MountError;
+pub use overlay::Overlay;
+pub use rundir::{RunDir, recover};
+
+use cold::ColdDevice;
+use mount::Context;
+use read_ahead::ReadAhead;
+
+/// A root file system cannot be mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// The image does not fit the file system.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
+    /// The kernel refused.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The zone file lacks pages that the service uses.
+    #[error("the zone file has {found} bytes, but the service uses {wanted}")]
+    ShortZone {
+        /// Bytes.
+        found: u64,
+        /// Bytes.
+        wanted: u64,
+    },
+    /// A file or directory.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl RootfsError {
+    fn io(path: &Path) -> impl Fn(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Io { path: path.clone(), source }
+    }
+}
+
+/// The pages of a service, present in its group's zone file.
+#[derive(Clone, Copy)]
+pub struct HotPages<'a> {
+    /// The zone file, on any file system.
+    pub zone: &'a File,
+    /// Zone pages that the service may use.
+    pub zone_pages: u64,
+    /// In order of first use.
+    pub runs: &'a [Run],
+}
+
+/// A mounted image. Dropping it unmounts it; if containers still use it, their cold reads fail from then on.
+pub struct RootFs {
+    root: PathBuf,
+    root_fd: Option<OwnedFd>,
+    nids: Vec<u64>,
+    device: u64,
+    tree: Arc<Tree>,
+    hot: Option<(File, Arc<[Run]>)>,
+    read_ahead: ReadAhead,
+    cold: Arc<ColdDevice>,
+    // Dropped in this order, behind the unmount.
+    _server: fuse::Server,
+    dir: RunDir,
+}
+
+impl RootFs {
+    /// Mounts `tree` at `root` in the new run directory `dir`, which must lie on ext4 or xfs, with read-ahead 0. Pages
+    /// that are not `hot` come from `source`, read by tasks on `runtime`. Does not block on `source`.
+    pub fn mount(
+        dir: &Path,
+        tree: Arc<Tree>,
+        hot: Option<HotPages<'_>>,
+        source: Arc<dyn ColdSource>,
+        runtime: &Handle,
+    ) -> Result<Self, RootfsError> {
+        let hot = hot.filter(|h| !h.runs.is_empty());
+        let zone = hot.map(|h| zone_of(&h)).transpose()?;
+        let metadata = erofs::write(&tree, hot.map_or(&[], |h| h.runs), hot.map_or(0, |h| h.zone_pages))?;
+
+        let dir = RunDir::create(dir).map_err(RootfsError::io(dir))?;
+        let failed = RootfsError::io(dir.path());
+        let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source));
+        let (server, cold_file) = fuse::serve(Arc::clone(&cold), runtime)?;
+        // Without a name there is nothing to clean up.
+        let unnamed =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(dir.path());
+        let mut file = unnamed.map_err(&failed)?;
+        file.write_all(&metadata.image).map_err(&failed)?;
+
+        let (context, read_ahead) = ReadAhead::of_new(|| {
+            let context = Context::open("erofs")?;
+            context.set("source", mount::fd_path(&file))?;
+            for device in zone.iter().chain([&cold_file]) {
+                context.set("device", mount::fd_path(device))?;
+            }
+            context.flag("ro")?;
+            Ok(context)
+        })?;
+        read_ahead.set(0).map_err(&failed)?;
+        // The host gets no devices and no setuid programs from an image; containers do, through their overlay.
+        let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+        let root_fd = context.mount(attributes)?;
+        let device = File::open(mount::fd_path(&root_fd)).and_then(|f| f.metadata()).map_err(&failed)?.dev();
+        let root = dir.path().join("root");
+        let attached = std::fs::create_dir(&root).and_then(|()| mount::attach(&root_fd, &root));
+        let rootfs = Self {
+            root,
+            root_fd: Some(root_fd),
+            nids: metadata.nids,
+            device,
+            tree,
+            hot: zone.zip(hot.map(|h| h.runs.into())),
+            read_ahead,
+            cold,
+            _server: server,
+            dir,
+        };
+        attached.map_err(failed)?;
+        Ok(rootfs)
+    }
+
+    /// Where it is mounted, read-only.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// Its run directory, in which containers may keep their directories.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The tree it shows.
+    pub fn tree(&self) -> &Arc<Tree> {
+        &self.tree
+    }
+
+    /// Major and minor number of the mount, as stat(2) gives them.
+    pub fn device(&self) -> (u32, u32) {
+        (nix::sys::stat::major(self.device) as u32, nix::sys::stat::minor(self.device) as u32)
+    }
+
+    /// The kernel's inode number of an inode of the tree.
+    pub fn nid_of(&self, ino: u32) -> u64 {
+        self.nids[ino as usize]
+    }
+
+    /// The inode of the tree with an inode number of the kernel.
+    pub fn ino_of(&self, nid: u64) -> Option<u32> {
+        self.nids.binary_search(&nid).ok().map(|ino| ino as u32)
+    }
+
+    /// Sets the read-ahead, KiB, of files opened from now on.
+    pub fn set_read_ahead(&self, kib: u32) -> Result<(), RootfsError> {
+        self.read_ahead.set(kib).map_err(RootfsError::io(&self.root))
+    }
+
+    /// Starts to inject the hot pages; `None` without any. End it before the mount.
+    pub fn inject(&self) -> Result<Option<Injector>, RootfsError> {
+        let (Some((zone, runs)), Some(root)) = (&self.hot, &self.root_fd) else { return Ok(None) };
+        let (tree, runs) = (Arc::clone(&self.tree), Arc::clone(runs));
+        let started = Injector::start(root.as_fd(), zone.as_fd(), tree, runs, self.read_ahead.clone());
+        started.map(Some).map_err(RootfsError::io(&self.root))
+    }
+
+    /// What was read through the cold device so far.
+    pub fn cold_stats(&self) -> ColdStats {
+        self.cold.stats()
+    }
+
+    /// Unmounts and removes everything. If it stays in use it is detached instead, and cold reads fail from then on.
+    pub fn unmount(mut self) -> Result<(), RootfsError> {
+        self.detach().map_err(RootfsError::io(&self.root))
+    }
+
+    fn detach(&mut self) -> io::Result<()> {
+        if self.root_fd.take().is_none() {
+            return Ok(());
+        }
+        match mount::unmount(&self.root) {
+            // Never attached.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            done => done?,
+        }
+        std::fs::remove_dir(&self.root)
+    }
+}
+
+impl Drop for RootFs {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach() {
+            tracing::warn!(path = %self.root.display(), %error, "mount left behind");
+        }
+    }
+}
+
+/// A second handle of the zone file, if it is long enough: the kernel takes what is missing for zeros.
+fn zone_of(hot: &HotPages<'_>) -> Result<File, RootfsError> {
+    let failed = |source| RootfsError::Io { path: "zone file".into(), source };
+    let found = hot.zone.metadata().map_err(failed)?.len();
+    let wanted = hot.zone_pages * PAGE_SIZE as u64;
+    if found < wanted {
+        return Err(RootfsError::ShortZone { found, wanted });
+    }
+    hot.zone.try_clone().map_err(failed)
+}

@@ -1,0 +1,6 @@
+//! EROFS: the kernel's read-only file system, of which we write the metadata.
+
+pub mod format;
+mod writer;
+
+pub use writer::{ErofsError, Metadata, write};
