@@ -1,1 +1,3 @@
-//! record
+//! Records what a service touches until it is ready.
+
+pub mod sandbox;
