@@ -1,8 +1,38 @@
 //! Bringing what a service needs onto the node, verified.
+//!
+//! ```text
+//! service, zone --diff--> missing pages --plan--> range requests --receive--> frames --verify--> inject
+//! ```
+//!
+//! [`fetch`] is exclusive per zone among all processes: a second one waits and then finds the pages there. It returns
+//! when the pages are usable; making them durable goes on in the background, see [`Commit`]. A crash at any point
+//! leaves a zone that lacks pages but has no wrong ones.
 
-use tdfs_common::digest::Digest;
+pub mod frame;
+mod plan;
+mod receive;
 
-use crate::rtpc::RtpcError;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::panic;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tdfs_common::digest::{ContentHash, Digest};
+use tdfs_common::page::PAGE_SIZE;
+use tdfs_common::runtime_image::{PlacedFrame, Segment, Service};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+use crate::oci::{OciError, Store};
+use crate::rtpc::{RtpcError, Writer, Zone};
+use plan::{Request, plan, plan_whole};
+use receive::{Sink, receive};
+
+/// Requests under way at the same time: enough to keep a link busy while another answer starts.
+const REQUESTS_AT_ONCE: usize = 4;
 
 /// Called with bytes received so far and bytes to receive.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Send + Sync);
@@ -13,6 +43,9 @@ pub enum FetchError {
     /// The runtime page cache failed.
     #[error(transparent)]
     Rtpc(#[from] RtpcError),
+    /// The registry or layout failed.
+    #[error(transparent)]
+    Oci(#[from] OciError),
     /// A frame is not what the service metadata promises.
     #[error("segment {segment} frame {frame}: {reason}")]
     Frame {
@@ -23,6 +56,14 @@ pub enum FetchError {
         /// What is wrong.
         reason: String,
     },
+    /// The answer goes on after its last frame.
+    #[error("segment {segment} bytes {bytes:?}: the answer is too long")]
+    TooLong {
+        /// The blob.
+        segment: Digest,
+        /// Bytes asked for.
+        bytes: Range<u64>,
+    },
 }
 
 impl FetchError {
@@ -30,7 +71,139 @@ impl FetchError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Rtpc(e) => e.errno(),
-            Self::Frame { .. } => libc::EIO,
+            Self::Oci(_) | Self::Frame { .. } | Self::TooLong { .. } => libc::EIO,
         }
+    }
+}
+
+/// What a fetch found and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct FetchStats {
+    /// Zone pages the service needs; files may share one.
+    pub pages_needed: u64,
+    /// Of these, pages that were on the node.
+    pub pages_present: u64,
+    /// Pages of the frames that were fetched. Frames come whole, so there may be some that were not asked for.
+    pub pages_fetched: u64,
+    /// Bytes of the blobs received.
+    pub bytes_fetched: u64,
+    /// Requests for them, with retries and redirected ones, as the store counts them.
+    pub data_requests: u64,
+}
+
+/// Fetched pages becoming durable. Dropping it changes nothing: they still do, unless the process ends first, and then
+/// they are fetched again some day.
+#[derive(Debug)]
+#[must_use = "a short-lived process waits for it before it ends"]
+pub struct Commit(Option<JoinHandle<Result<(), RtpcError>>>);
+
+impl Commit {
+    /// Waits until a crash cannot take the pages away.
+    pub async fn wait(self) -> Result<(), FetchError> {
+        match self.0 {
+            Some(task) => Ok(joined(task).await?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Brings every page that `service` lacks into its `zone`.
+///
+/// What was verified before an error stays usable.
+pub async fn fetch(
+    store: &Store,
+    service: &Service,
+    zone: &Arc<Zone>,
+    progress: Progress<'_>,
+) -> Result<(FetchStats, Commit), FetchError> {
+    let pages_needed = zone.needed().count();
+    let mut stats = FetchStats { pages_needed, pages_present: pages_needed, ..FetchStats::default() };
+    if zone.missing().count() == 0 {
+        return Ok((stats, Commit(None)));
+    }
+    let opened = zone.clone();
+    let writer = Arc::new(joined(tokio::task::spawn_blocking(move || opened.writer())).await?);
+    let missing = writer.missing();
+    stats.pages_present -= missing.count();
+    let before = store.requests().data_requests;
+    let received = AtomicU64::new(0);
+    let plan = plan(service, &missing);
+    let total = plan.iter().map(|r| r.bytes.end - r.bytes.start).sum();
+    let count = |bytes| {
+        let so_far = received.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        progress(so_far.min(total), total);
+    };
+    stats.pages_fetched = plan.iter().map(Request::pages).sum();
+    let mut outcome = answer_all(store, plan, &writer, count).await;
+    if let Err(FetchError::Oci(OciError::Range { .. })) = &outcome {
+        tracing::warn!("the registry does not serve ranges: fetching whole segments");
+        outcome = answer_all(store, plan_whole(service, &writer.missing()), &writer, count).await;
+    }
+    stats.bytes_fetched = received.into_inner();
+    stats.data_requests = store.requests().data_requests - before;
+    let commit = Commit(Some(tokio::task::spawn_blocking(move || writer.commit())));
+    outcome.map(|()| (stats, commit))
+}
+
+impl Sink for Writer {
+    fn accept(&self, frame: &PlacedFrame, pages: &[u8]) -> Result<(), FetchError> {
+        Ok(self.inject(frame.pages.start, pages)?)
+    }
+}
+
+/// Reads `segments` from `store` as a whole, verifies every frame, and returns where each page content lies; of equal
+/// pages, the first.
+pub async fn page_hashes(
+    store: &Store,
+    segments: &[Segment],
+    progress: Progress<'_>,
+) -> Result<HashMap<ContentHash, u32>, FetchError> {
+    #[derive(Default)]
+    struct Hashes(Mutex<HashMap<ContentHash, u32>>);
+
+    impl Sink for Hashes {
+        fn accept(&self, frame: &PlacedFrame, pages: &[u8]) -> Result<(), FetchError> {
+            let hashes: Vec<ContentHash> = pages.chunks(PAGE_SIZE).map(ContentHash::of).collect();
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            for (page, hash) in frame.pages.clone().zip(hashes) {
+                let page = page as u32;
+                all.entry(hash).and_modify(|first| *first = page.min(*first)).or_insert(page);
+            }
+            Ok(())
+        }
+    }
+
+    let hashes = Arc::new(Hashes::default());
+    let total = segments.iter().map(Segment::size).sum();
+    let received = AtomicU64::new(0);
+    let count = |bytes| progress(received.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+    answer_all(store, segments.iter().map(Request::whole).collect(), &hashes, count).await?;
+    let mut all = hashes.0.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(std::mem::take(&mut *all))
+}
+
+/// Sends the requests, a few at a time, and passes the frames they want to `sink`.
+async fn answer_all(
+    store: &Store,
+    requests: Vec<Request>,
+    sink: &Arc<impl Sink>,
+    received: impl Fn(u64),
+) -> Result<(), FetchError> {
+    // One frame per core in work and one waiting for it.
+    let slots = Arc::new(Semaphore::new(2 * thread::available_parallelism().map_or(1, usize::from)));
+    let (slots, received) = (&slots, &received);
+    stream::iter(&requests)
+        .map(Ok)
+        .try_for_each_concurrent(REQUESTS_AT_ONCE, |request| async move {
+            let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
+            receive(request, bytes, slots, sink, received).await
+        })
+        .await
+}
+
+async fn joined<T>(task: JoinHandle<T>) -> T {
+    match task.await {
+        Ok(value) => value,
+        Err(e) => panic::resume_unwind(e.into_panic()),
     }
 }
