@@ -157,8 +157,8 @@ pub enum Offset {
     FolioMapping,
     /// `folio.index`
     FolioIndex,
-    /// `folio._flags_1`, whose low byte is the order of a large folio (6.7 or newer).
-    FolioFlags1,
+    /// The byte that holds the order of a large folio.
+    FolioOrder,
     /// Not an offset: the bit number of `PG_head`.
     PgHead,
     /// `address_space.host`

@@ -25,7 +25,8 @@ fn report(ctx: &Context, result: Result<(), i32>) -> u32 {
 pub fn classic_page_added(ctx: Context) -> u32 {
     let read = || {
         if page::ours(field(&ctx, Offset::AddedDev)?) {
-            let order = if offset(Offset::AddedOrder) == 0 { 0 } else { field::<u8>(&ctx, Offset::AddedOrder)? };
+            let order =
+                if offset(Offset::AddedOrder) == 0 { 0 } else { field::<u8>(&ctx, Offset::AddedOrder)? };
             let (ino, index) = (field(&ctx, Offset::AddedIno)?, field(&ctx, Offset::AddedIndex)?);
             page::added(&ctx, ino, index, u32::from(order));
         }

@@ -58,8 +58,8 @@ pub fn page_added(ctx: Context) -> i32 {
         let folio = Object::arg(&ctx, 0);
         if let Some(ino) = inode(folio.follow(Offset::FolioMapping)?)? {
             let large = folio.get::<u64>(Offset::FolioFlags)? >> (offset(Offset::PgHead) & 63) & 1 != 0;
-            let order = if large { folio.get::<u64>(Offset::FolioFlags1)? as u32 & 0xff } else { 0 };
-            page::added(&ctx, ino, folio.get(Offset::FolioIndex)?, order);
+            let order = if large { folio.get::<u8>(Offset::FolioOrder)? } else { 0 };
+            page::added(&ctx, ino, folio.get(Offset::FolioIndex)?, u32::from(order));
         }
         Ok(())
     };

@@ -4,6 +4,7 @@
 pub mod command;
 pub mod containerd;
 mod daemon;
+pub mod ebpf;
 pub mod images;
 pub mod install;
 pub mod ready;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use xtask::ebpf;
 use xtask::images::{self, Cache, Compression, IMAGES};
 use xtask::install;
 
@@ -21,6 +22,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Build the probe and replace the committed object.
+    Ebpf {
+        /// Compare with the committed object instead.
+        #[arg(long)]
+        check: bool,
+    },
     /// Install the Debian packages that demo, test and bench need.
     Install,
     /// Build real images from Debian packages and print the paths of their OCI layouts.
@@ -70,6 +77,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<()> {
     match task {
+        Task::Ebpf { check } => ebpf::run(check),
         Task::Install => {
             install::packages(install::IMAGE_PACKAGES)?;
             install::packages(install::RUN_PACKAGES)
