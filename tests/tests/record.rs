@@ -123,7 +123,7 @@ fn every_way_to_touch_a_page_is_recorded_exactly() -> Result<()> {
             );
             let known: BTreeSet<u32> = pages.into_iter().collect();
             assert_eq!(mount.resident("a")?, known, "{how}: residency");
-            assert_eq!(mount.recorded(&events, "b")?, []);
+            assert!(mount.recorded(&events, "b")?.is_empty());
         }
     }
     Ok(())
