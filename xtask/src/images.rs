@@ -15,6 +15,7 @@
 //! ```
 //!
 //! The key of a layer is a hash of its recipe and of its parent's key; what exists under its final name is complete.
+//! Newer packages on the mirror do not change the key: delete the cache to get them.
 //! A killed build leaves no mounts: everything is mounted in a namespace that dies with it.
 
 use std::fs::{self, File};
@@ -214,13 +215,19 @@ impl Build {
         write(&apt_conf, host_apt_settings()?.as_bytes())?;
         let lower: Vec<_> = parents.iter().rev().map(|parent| self.directory(parent).join("upper")).collect();
         let lower: Vec<_> = lower.iter().map(|path| path.to_string_lossy()).collect();
+        // mmdebstrap leaves files behind when it is killed: where the next build removes them. The others run in the image.
+        let (script, temporary) = match parents {
+            [] => (recipe::BASE, tmp.as_path()),
+            _ => (recipe::INSTALL, Path::new("/tmp")),
+        };
         // The mounts live in a namespace of their own and everything dies with us: a killed build leaves no mounts.
         command::output(
             Command::new("setpriv")
                 .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"])
                 .args(["--pid", "--fork", "--kill-child", "/bin/sh", "-ec"])
-                .arg(if parents.is_empty() { recipe::BASE } else { recipe::INSTALL })
+                .arg(script)
                 .env("PATH", recipe::PATH)
+                .env("TMPDIR", temporary)
                 .env("LC_ALL", "C.UTF-8")
                 .env("DEBIAN_FRONTEND", "noninteractive")
                 .env("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH.to_string())
