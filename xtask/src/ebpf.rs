@@ -13,6 +13,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::install;
+
 /// What both routes must share for equal objects, and the newest whose LLVM bpf-linker can read.
 const RUST: &str = "1.96.0";
 const LINKER: &str = "0.10.4";
@@ -84,8 +86,7 @@ fn debian() -> Result<Route> {
         Ok(())
     };
     if installed().is_err() {
-        let install = ["install", "-y", "--no-install-recommends"];
-        run_command(Command::new("apt-get").args(install).args(DEBIAN_PACKAGES))?;
+        install::packages(&DEBIAN_PACKAGES)?;
         installed()?;
     }
     let libraries = output(Command::new("ldd").arg(DEBIAN_RUSTC))?;

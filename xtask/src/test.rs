@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use xtask::images::{Cache, Compression, IMAGES};
-use xtask::{command, install};
+use xtask::{command, ebpf, install};
 
 /// A version that the pinned toolchain builds. A debug build is enough for a graph of some hundred crates and takes
 /// half the time.
@@ -47,6 +47,7 @@ pub fn run(quick: bool) -> Result<()> {
             test(&["--workspace", "--exclude", "tdfs-ebpf", "--exclude", "tdfs-tests"], &[])
         })?;
     } else {
+        stages.run("ebpf", check_ebpf)?;
         stages.run("deny", deny)?;
         stages.run("images", || {
             IMAGES.iter().try_for_each(|image| Cache::default().image(image, Compression::Gzip).map(|_| ()))
@@ -63,6 +64,21 @@ fn cargo() -> Command {
     let mut cargo = Command::new("cargo");
     cargo.current_dir(command::workspace());
     cargo
+}
+
+/// The committed probe must be what its source builds. A machine without a toolchain for BPF cannot tell; CI has one.
+fn check_ebpf() -> Result<()> {
+    match ebpf::run(true) {
+        Err(error) if !is_ci() && error.to_string() == "no toolchain for BPF" => {
+            println!("ebpf: not checked, {error:#}");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn is_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| ci == "true")
 }
 
 /// Licences, sources and banned crates. Advisories are left out: their database is not on a package registry, and a
