@@ -9,12 +9,15 @@
 //! leaves a zone that lacks pages but has no wrong ones.
 
 pub mod frame;
+mod layers;
 mod plan;
 mod receive;
 
 use std::collections::HashMap;
+use std::io;
 use std::ops::Range;
 use std::panic;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -26,8 +29,10 @@ use tdfs_common::runtime_image::{PlacedFrame, Segment, Service};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
+use crate::oci::layer::LayerError;
 use crate::oci::{OciError, Store};
 use crate::rtpc::{RtpcError, Writer, Zone};
+pub use layers::{ImageLayers, LayerStats, PulledImage, pull_image};
 use plan::{Request, plan, plan_whole};
 use receive::{Sink, receive};
 
@@ -56,6 +61,46 @@ pub enum FetchError {
         /// What is wrong.
         reason: String,
     },
+    /// A layer is damaged, or not what its index says.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// A layer unpacks to something else than the image says.
+    #[error("layer {blob} uncompresses to {got}, not to {expected}")]
+    DiffId {
+        /// The blob.
+        blob: Digest,
+        /// What the image says.
+        expected: Digest,
+        /// What came out.
+        got: Digest,
+    },
+    /// No such compression or packing.
+    #[error("layers of type {0:?} are not supported")]
+    LayerType(String),
+    /// The runtime image lacks the blob with the deflate windows.
+    #[error("layer {layer}: the deflate windows are missing")]
+    NoWindows {
+        /// The blob.
+        layer: Digest,
+    },
+    /// Nobody asks for that who has a valid tree.
+    #[error("layer {layer} has no {len} bytes at {offset}")]
+    OutsideLayer {
+        /// Layer, counted from the lowest.
+        layer: u32,
+        /// Offset in the uncompressed layer.
+        offset: u64,
+        /// Bytes.
+        len: usize,
+    },
+    /// A file of the layer cache.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The answer goes on after its last frame.
     #[error("segment {segment} bytes {bytes:?}: the answer is too long")]
     TooLong {
@@ -71,8 +116,15 @@ impl FetchError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Rtpc(e) => e.errno(),
-            Self::Oci(_) | Self::Frame { .. } | Self::TooLong { .. } => libc::EIO,
+            Self::Layer(e) => e.errno(),
+            Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            _ => libc::EIO,
         }
+    }
+
+    fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
     }
 }
 
