@@ -3,17 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sha2::{Digest as _, Sha256};
-use tdfs_agent::rootfs::ColdSource;
+use tdfs_agent::rootfs::{ColdSource, HotPages};
 use tdfs_common::digest::ContentHash;
 use tdfs_common::envelope::Format as _;
+use tdfs_common::page;
+use tdfs_common::runtime_image::Run;
 use tdfs_common::tree::{Body, DirEntry, Extent, Inode, Tree, Xattr};
 
 use crate::fingerprint;
@@ -250,6 +254,11 @@ impl Synthetic {
         self.add(path, Kind::File(size as u64, data))
     }
 
+    /// Takes a path out; nothing may lie below it or link to it.
+    pub fn remove(&mut self, path: &str) {
+        self.entries.remove(path.as_bytes());
+    }
+
     /// What lies at a path.
     #[must_use]
     pub fn entries(&self) -> &BTreeMap<Vec<u8>, Entry> {
@@ -450,6 +459,56 @@ impl ColdSource for Layers {
     }
 }
 
+/// A zone file with some pages of the tree, in a random order with other bytes between them.
+pub struct Zone {
+    /// The file.
+    pub file: File,
+    /// Its pages.
+    pub pages: u64,
+    /// The hot pages, in a random order.
+    pub runs: Vec<Run>,
+}
+
+impl Zone {
+    /// About one run in `rarity` possible ones is hot; with 1, all pages are.
+    pub fn random(dir: &Path, tree: &Tree, layers: &Layers, rarity: u64, seed: u64) -> io::Result<Self> {
+        let mut random = Random(seed);
+        let mut runs = Vec::new();
+        for (ino, inode) in tree.inodes.iter().enumerate() {
+            let (mut page, pages) = (0, page::count(inode.file_size()) as u32);
+            while page < pages {
+                let count = (1 + random.below(40) as u32).min(pages - page);
+                if random.below(rarity) == 0 {
+                    runs.push(Run { ino: ino as u32, file_page: page, zone_page: 0, count });
+                }
+                page += count;
+            }
+        }
+        for n in (1..runs.len()).rev() {
+            runs.swap(n, random.below(n as u64 + 1) as usize);
+        }
+        let mut file = tempfile::tempfile_in(dir)?;
+        let mut pages = 0;
+        for run in &mut runs {
+            let gap = random.below(3) as u32;
+            file.write_all(&vec![0xDD; gap as usize * 4096])?;
+            run.zone_page = pages + gap;
+            for page in run.file_page..run.file_page + run.count {
+                file.write_all(&layers.page(tree, run.ino, page))?;
+            }
+            pages = run.zone_page + run.count;
+        }
+        file.sync_all()?;
+        Ok(Self { file, pages: pages.into(), runs })
+    }
+
+    /// For mounting.
+    #[must_use]
+    pub fn hot(&self) -> HotPages<'_> {
+        HotPages { zone: &self.file, zone_pages: self.pages, runs: &self.runs }
+    }
+}
+
 fn inode(entry: &Entry, layers: &mut [Vec<u8>]) -> Inode {
     let body = match &entry.kind {
         Kind::Directory => Body::Directory(vec![]),
@@ -464,7 +523,9 @@ fn inode(entry: &Entry, layers: &mut [Vec<u8>]) -> Inode {
                 let (len, layer) = (bytes.len() as u64, layer as u32);
                 extents.push(Extent { file_offset: *offset, len, layer, layer_offset: at as u64 });
             }
-            Body::Regular { size: *size, content: ContentHash::of(&bytes_of(*size, data)), extents }
+            // Nobody hashes a file that is larger than memory.
+            let content = if *size < 1 << 30 { bytes_of(*size, data) } else { vec![] };
+            Body::Regular { size: *size, content: ContentHash::of(&content), extents }
         }
         Kind::Symlink(target) => Body::Symlink(target.clone()),
         Kind::CharDevice(major, minor) => Body::CharDevice { major: *major, minor: *minor },

@@ -175,3 +175,132 @@ fn file_pieces(extents: &[Extent], mut at: u64, end: u64, pieces: &mut Vec<Piece
         pieces.push(Piece::Zeros((end - at) as usize));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tdfs_common::digest::ContentHash;
+    use tdfs_common::tree::{DirEntry, Inode};
+
+    /// A source whose every byte tells its layer and offset.
+    struct Pattern;
+
+    fn pattern(layer: u32, offset: u64) -> u8 {
+        (1 + (u64::from(layer) * 101 + offset * 7 + offset / 251) % 255) as u8
+    }
+
+    impl ColdSource for Pattern {
+        fn read(&self, layer: u32, offset: u64, len: usize) -> BoxFuture<'_, Result<Bytes, i32>> {
+            Box::pin(async move {
+                match layer {
+                    9 => Err(libc::ENETDOWN),
+                    8 => Ok(Bytes::from_static(b"short")),
+                    _ => Ok((offset..offset + len as u64).map(|o| pattern(layer, o)).collect()),
+                }
+            })
+        }
+    }
+
+    fn tree(files: Vec<(u64, Vec<Extent>)>) -> Tree {
+        let inode = |body| Inode { mode: 0, uid: 0, gid: 0, mtime: 0, mtime_nsec: 0, xattrs: vec![], body };
+        let names = (1..=files.len() as u32).map(|ino| DirEntry { name: ino.to_string().into_bytes(), ino });
+        let mut inodes = vec![inode(Body::Directory(names.collect()))];
+        inodes.extend(
+            files
+                .into_iter()
+                .map(|(size, extents)| inode(Body::Regular { size, content: ContentHash::of(b""), extents })),
+        );
+        Tree { inodes, layer_sizes: vec![] }
+    }
+
+    fn extent(file_offset: u64, len: u64, layer: u32, layer_offset: u64) -> Extent {
+        Extent { file_offset, len, layer, layer_offset }
+    }
+
+    fn device(files: Vec<(u64, Vec<Extent>)>) -> ColdDevice {
+        let tree = Arc::new(tree(files));
+        let map = ColdMap::new(&tree).unwrap();
+        ColdDevice::new(tree, map, Arc::new(Pattern))
+    }
+
+    fn read(device: &ColdDevice, offset: u64, len: usize) -> Result<Bytes, i32> {
+        futures_util::FutureExt::now_or_never(device.read(offset, len)).unwrap()
+    }
+
+    #[test]
+    fn every_file_has_whole_blocks_in_inode_order() {
+        let map =
+            ColdMap::new(&tree(vec![(1, vec![]), (0, vec![]), (8192, vec![]), (8193, vec![])])).unwrap();
+        assert_eq!(map.blocks(), 6);
+        assert_eq!(
+            [0, 1, 2, 3, 4, 5].map(|ino| map.start_of(ino)),
+            [None, Some(0), None, Some(1), Some(3), None]
+        );
+        let found: Vec<_> = (0..7).map(|block| map.locate(block)).collect();
+        let file = |ino, page| Some((ino, page));
+        assert_eq!(found, [file(1, 0), file(3, 0), file(3, 1), file(4, 0), file(4, 1), file(4, 2), None]);
+        assert!(ColdMap::new(&tree(vec![(1 << 44, vec![])])).is_none());
+        assert_eq!(ColdMap::new(&tree(vec![])).unwrap().locate(0), None);
+    }
+
+    #[test]
+    fn reads_outside_the_device_fail() {
+        let device = device(vec![(5000, vec![extent(0, 5000, 0, 0)])]);
+        assert_eq!(device.size(), 8192);
+        assert!(read(&device, 0, 8192).is_ok());
+        for (offset, len) in
+            [(0, 8193), (8192, 1), (4096, 4097), (u64::MAX, 2), (u64::MAX - 4095, 4096), (1 << 60, 4096)]
+        {
+            assert_eq!(read(&device, offset, len), Err(libc::EIO), "{offset} {len}");
+        }
+    }
+
+    #[test]
+    fn failing_and_short_sources_are_errors() {
+        let failing = |layer| device(vec![(9000, vec![extent(0, 4096, 1, 0), extent(5000, 4000, layer, 0)])]);
+        assert!(read(&failing(2), 0, 12288).is_ok());
+        assert_eq!(read(&failing(9), 0, 12288), Err(libc::ENETDOWN));
+        assert_eq!(read(&failing(8), 0, 12288), Err(libc::EIO));
+        assert_eq!(read(&failing(8), 8192, 808), Err(libc::EIO));
+        assert!(read(&failing(9), 0, 4096).is_ok());
+    }
+
+    #[test]
+    fn what_is_read_is_counted() {
+        let device = device(vec![(9000, vec![extent(0, 9000, 1, 0)])]);
+        read(&device, 0, 4096).unwrap();
+        read(&device, 4096, 8192).unwrap();
+        assert_eq!(device.stats(), ColdStats { cold_pages: 3, cold_requests: 2 });
+    }
+
+    proptest! {
+        #[test]
+        fn reads_equal_the_whole_device(
+            files in prop::collection::vec((0u64..9000, prop::collection::vec((0u64..3000, 1u64..6000, 0u32..3), 0..5)), 0..6),
+            at: prop::sample::Index, len in 0usize..30_000,
+        ) {
+            let mut whole = Vec::new();
+            let mut model = Vec::new();
+            for (mut size, parts) in files {
+                let mut bytes = Vec::new();
+                let mut extents = Vec::new();
+                for (gap, len, layer) in parts {
+                    let (start, from) = (bytes.len() as u64 + gap, gap * 13);
+                    bytes.resize(start as usize, 0);
+                    bytes.extend((from..from + len).map(|o| pattern(layer, o)));
+                    extents.push(extent(start, len, layer, from));
+                }
+                size += bytes.len() as u64;
+                bytes.resize((size as usize).next_multiple_of(PAGE_SIZE), 0);
+                whole.extend(bytes);
+                model.push((size, extents));
+            }
+            let device = device(model);
+            prop_assert_eq!(device.size(), whole.len() as u64);
+            let at = at.index(whole.len() + 1);
+            let len = len.min(whole.len() - at);
+            prop_assert_eq!(read(&device, at as u64, len).unwrap(), &whole[at..at + len]);
+        }
+    }
+}

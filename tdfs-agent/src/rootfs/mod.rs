@@ -52,6 +52,9 @@ pub enum RootfsError {
     /// The kernel refused.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// The kernel does not mount EROFS from such a file.
+    #[error("{} must lie on ext4 or xfs, and the kernel must mount EROFS from files (6.12)", .0.display())]
+    NotOnDisk(PathBuf),
     /// The zone file lacks pages that the service uses.
     #[error("the zone file has {found} bytes, but the service uses {wanted}")]
     ShortZone {
@@ -135,6 +138,10 @@ impl RootFs {
             }
             context.flag("ro")?;
             Ok(context)
+        })
+        .map_err(|error| match error.source.raw_os_error() {
+            Some(libc::ENOTBLK) => RootfsError::NotOnDisk(dir.path().to_owned()),
+            _ => error.into(),
         })?;
         read_ahead.set(0).map_err(&failed)?;
         // The host gets no devices and no setuid programs from an image; containers do, through their overlay.
