@@ -1,7 +1,7 @@
 //! A docker-registry of our own on a free loopback port, and what it says was asked of it.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -34,21 +34,20 @@ impl Registry {
     /// Starts a registry whose files lie below `parent`.
     pub fn start(parent: &Path) -> Result<Self> {
         let directory = TempDir::with_prefix_in("registry-", parent)?;
-        // The port is free again when the listener is dropped. Another process could take it first: the registry then
-        // fails with a clear line.
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let config = directory.path().join("config.json");
         // JSON is YAML too.
         let settings = json!({
             "version": "0.1",
-            "log": { "level": "error" },
+            "log": { "level": "info" },
             "storage": { "filesystem": { "rootdirectory": directory.path().join("data") } },
-            "http": { "addr": address.to_string() },
+            "http": { "addr": "127.0.0.1:0" },
         });
         fs::write(&config, settings.to_string()).with_context(|| config.display().to_string())?;
         let log = directory.path().join("log");
-        let is_up = || TcpStream::connect(address).is_ok();
+        let listening = || fs::read_to_string(&log).ok().as_deref().and_then(address_in);
+        let is_up = || listening().is_some();
         let daemon = Daemon::start(Command::new("docker-registry").arg("serve").arg(&config), &log, is_up)?;
+        let address = listening().context("the address of the registry")?;
         Ok(Self { address, log, _daemon: daemon, _directory: directory })
     }
 
@@ -79,6 +78,14 @@ impl std::ops::Sub for Traffic {
     }
 }
 
+/// The address after "listening on" in a registry's log.
+fn address_in(log: &str) -> Option<SocketAddr> {
+    let (_, rest) = log.split_once("listening on ")?;
+    // Up to the quote that ends the message: a line that is still being written has none.
+    let (address, _) = rest.split_once('"')?;
+    address.parse().ok()
+}
+
 /// Adds up the lines of an access log in Apache's combined format: `… "GET /path HTTP/1.1" 200 1234 …`.
 fn traffic(log: &str) -> Traffic {
     let mut traffic = Traffic::default();
@@ -102,6 +109,13 @@ fn traffic(log: &str) -> Traffic {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn finds_the_address() {
+        let line = "level=info msg=\"listening on 127.0.0.1:41000\" go.version=go1.19\n";
+        assert_eq!(address_in(line), "127.0.0.1:41000".parse().ok());
+        assert_eq!(address_in(&line[..line.len() - 25]), None, "half a line");
+    }
 
     #[test]
     fn reads_the_access_log() {
