@@ -57,9 +57,9 @@ pub struct Span {
     pub out_offset: u64,
     /// Offset of the first whole byte in the blob, bytes.
     pub in_offset: u64,
-    /// Bits (0 to 7) of the byte before `in_offset` that belong to the span; gzip only.
+    /// Bits (0 to 7) of the byte before `in_offset` that belong to the span; 0 without a window.
     pub bits: u8,
-    /// The deflate window, where one is needed.
+    /// The deflate window, where decompression starts inside a gzip member.
     pub window: Option<Window>,
     /// Of the uncompressed bytes.
     pub hash: ContentHash,
@@ -136,7 +136,10 @@ impl Format for LayerIndex {
                 ok(blob.start < blob.end && blob.end <= layer.blob_size, "span outside the blob")?;
                 ok(blob.end - blob.start <= 2 * SPAN_MAX, "span of too many compressed bytes")?;
                 ok(span.bits < 8, "span starts at an impossible bit")?;
-                ok(span.bits == 0 || layer.compression == Compression::Gzip, "bit offset outside gzip")?;
+                let gzip = layer.compression == Compression::Gzip;
+                ok(gzip || span.window.is_none(), "window outside gzip")?;
+                ok(span.window.is_some() || span.bits == 0, "bit offset without a window")?;
+                ok(layer.compression != Compression::None || blob == out, "plain span moves")?;
                 if let Some(w) = span.window {
                     let end = w.offset.checked_add(u64::from(w.len));
                     ok(end.is_some_and(|e| e <= windows_size), "window outside the windows blob")?;
@@ -152,5 +155,124 @@ impl Layer {
     fn span_in_checked(&self, n: usize) -> Option<std::ops::Range<u64>> {
         self.spans[n].in_offset.checked_sub(u64::from(self.spans[n].bits > 0))?;
         Some(self.span_in(n))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::envelope::{decode, encode};
+
+    const WINDOW: Option<Window> = Some(Window { offset: 10, len: 100 });
+
+    fn span(out_offset: u64, in_offset: u64, bits: u8, window: Option<Window>) -> Span {
+        Span { out_offset, in_offset, bits, window, hash: ContentHash::of(b"") }
+    }
+
+    fn layer(compression: Compression, spans: Vec<Span>) -> Layer {
+        let digest = Digest::of(b"");
+        Layer { blob: digest, blob_size: 4000, diff_id: digest, size: 10_000, compression, spans }
+    }
+
+    fn index(layer: Layer) -> LayerIndex {
+        LayerIndex { layers: vec![layer], windows: Some((Digest::of(b"w"), 110)) }
+    }
+
+    fn gzip() -> Layer {
+        layer(
+            Compression::Gzip,
+            vec![span(0, 0, 0, None), span(4000, 1500, 3, WINDOW), span(9000, 3000, 0, WINDOW)],
+        )
+    }
+
+    #[test]
+    fn spans_tile_the_layer() {
+        let layer = gzip();
+        index(layer.clone()).validate().unwrap();
+        assert_eq!(
+            (0..3).map(|n| layer.span_out(n)).collect::<Vec<_>>(),
+            [0..4000, 4000..9000, 9000..10_000]
+        );
+        // The byte at 1499 is shared.
+        assert_eq!((0..3).map(|n| layer.span_in(n)).collect::<Vec<_>>(), [0..1500, 1499..3000, 3000..4000]);
+        let at = |offset| layer.span_at(offset);
+        assert_eq!([at(0), at(3999), at(4000), at(9999)], [Some(0), Some(0), Some(1), Some(2)]);
+        assert_eq!(Layer { spans: vec![], ..layer }.span_at(5), None);
+    }
+
+    #[test]
+    fn rules_of_spans() {
+        use Compression::{Gzip, None as Plain, Zstd};
+        index(layer(Plain, vec![])).validate().unwrap();
+        index(layer(Zstd, vec![span(0, 0, 0, None), span(5000, 20, 0, None)])).validate().unwrap();
+        let with = |change: &dyn Fn(&mut Layer)| {
+            let mut layer = gzip();
+            change(&mut layer);
+            index(layer)
+        };
+        for (bad, reason) in [
+            (with(&|l| l.spans[0].out_offset = 1), "does not start at the start"),
+            (with(&|l| l.spans[1].out_offset = 0), "no or too many bytes"),
+            (with(&|l| l.spans[2].out_offset = 10_000), "no or too many bytes"),
+            (with(&|l| l.spans[2].out_offset = 10_001), "no or too many bytes"),
+            (with(&|l| l.spans[2].out_offset = 3000), "no or too many bytes"),
+            (with(&|l| l.size = 9000 + SPAN_MAX + 1), "no or too many bytes"),
+            (with(&|l| l.size = u64::MAX), "overflows"),
+            (with(&|l| l.blob_size = u64::MAX), "overflows"),
+            (with(&|l| l.blob_size = 2999), "outside the blob"),
+            (with(&|l| l.blob_size = 3000), "outside the blob"),
+            (with(&|l| l.blob_size = 3001 + 2 * SPAN_MAX), "too many compressed bytes"),
+            (with(&|l| l.spans[2].in_offset = u64::MAX), "outside the blob"),
+            (with(&|l| l.spans[0] = span(0, 0, 3, WINDOW)), "before the blob"),
+            (with(&|l| l.spans[1].bits = 8), "impossible bit"),
+            (with(&|l| l.spans[1].window = None), "without a window"),
+            (
+                with(&|l| l.spans[1].window = Some(Window { offset: 11, len: 100 })),
+                "outside the windows blob",
+            ),
+            (
+                with(&|l| l.spans[1].window = Some(Window { offset: u64::MAX, len: 1 })),
+                "outside the windows blob",
+            ),
+            (index(layer(Zstd, vec![span(0, 0, 0, WINDOW)])), "window outside gzip"),
+            (index(layer(Plain, vec![span(0, 0, 0, None)])), "plain span moves"),
+            (LayerIndex { windows: None, ..index(gzip()) }, "outside the windows blob"),
+            (
+                LayerIndex { layers: vec![layer(Gzip, vec![]); LAYERS_MAX + 1], windows: None },
+                "too many layers",
+            ),
+        ] {
+            let message = bad.validate().expect_err(reason).to_string();
+            assert!(message.contains(reason), "{message}, not {reason}");
+        }
+        let mut long = index(gzip());
+        long.windows = Some((Digest::of(b"w"), 1 << 20));
+        long.layers[0].spans[1].window = Some(Window { offset: 0, len: 2 * WINDOW_LEN as u32 + 1 });
+        assert!(long.validate().unwrap_err().to_string().contains("window too long"));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_survives_flipped_bytes(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..4)) {
+            let mut bad = bincode::encode_to_vec(index(gzip()), bincode::config::standard()).unwrap();
+            let len = bad.len();
+            flips.iter().for_each(|(at, value)| bad[at % len] ^= value);
+            let mut bytes = encode(&index(gzip())).unwrap()[..20].to_vec();
+            bytes.extend_from_slice(&(len as u32).to_le_bytes());
+            bytes.extend(zstd::bulk::compress(&bad, 1).unwrap());
+            if let Ok(index) = decode::<LayerIndex>(&bytes) {
+                for layer in &index.layers {
+                    let mut at = 0;
+                    for n in 0..layer.spans.len() {
+                        prop_assert_eq!(layer.span_out(n).start, at);
+                        at = layer.span_out(n).end;
+                        prop_assert!(layer.span_in(n).end <= layer.blob_size);
+                    }
+                    prop_assert!(layer.spans.is_empty() || at == layer.size);
+                }
+            }
+        }
     }
 }

@@ -15,6 +15,10 @@ pub const INODES_MAX: usize = 3 << 19;
 pub const NAME_MAX: usize = 255;
 /// Longest symlink target, bytes (PATH_MAX - 1).
 pub const TARGET_MAX: usize = 4095;
+/// Longest path, bytes (PATH_MAX - 1).
+pub const PATH_MAX: usize = 4095;
+/// Bytes of all paths together: a small tree could otherwise stand for terabytes of them.
+pub const PATHS_MAX: u64 = 1 << 30;
 /// Largest file, bytes: 2^32 pages, which EROFS block numbers can address.
 pub const FILE_MAX: u64 = 1 << 44;
 
@@ -240,6 +244,9 @@ impl Format for Tree {
         ok(matches!(root, Some(Body::Directory(_))), "no root directory")?;
         let mut named = vec![false; self.inodes.len()];
         named[0] = true;
+        // Bytes of each directory's path; parents come first.
+        let mut path_lens = vec![0usize; self.inodes.len()];
+        let mut paths = 0;
         for (n, inode) in self.inodes.iter().enumerate() {
             ok(inode.mode & !0o7777 == 0, "mode has type bits")?;
             ok(inode.mtime_nsec < 1_000_000_000, "nanoseconds past a second")?;
@@ -255,9 +262,13 @@ impl Format for Tree {
                         validate_name(&entry.name)?;
                         let child = self.inodes.get(entry.ino as usize);
                         ok(child.is_some() && entry.ino != 0, "name of no inode")?;
+                        let path = path_lens[n] + usize::from(n > 0) + entry.name.len();
+                        paths += path as u64;
+                        ok(path <= PATH_MAX && paths <= PATHS_MAX, "paths too long")?;
                         if child.is_some_and(|c| matches!(c.body, Body::Directory(_))) {
                             ok(entry.ino as usize > n, "directory before its parent")?;
                             ok(!named[entry.ino as usize], "directory with two names")?;
+                            path_lens[entry.ino as usize] = path;
                         }
                         named[entry.ino as usize] = true;
                     }
@@ -291,4 +302,193 @@ impl Format for Tree {
 fn validate_name(name: &[u8]) -> Result<(), FormatError> {
     let bad = name.is_empty() || name.len() > NAME_MAX || name == b"." || name == b"..";
     ensure(!bad && !name.contains(&b'/') && !name.contains(&0), Tree::NAME, || "bad name".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::envelope::{decode, encode};
+
+    fn inode(body: Body) -> Inode {
+        Inode { mode: 0o755, uid: 0, gid: 0, mtime: 0, mtime_nsec: 0, xattrs: vec![], body }
+    }
+
+    fn dir(entries: &[(&str, u32)]) -> Inode {
+        let entry = |(name, ino): &(&str, u32)| DirEntry { name: name.as_bytes().to_vec(), ino: *ino };
+        inode(Body::Directory(entries.iter().map(entry).collect()))
+    }
+
+    fn link(target: &str) -> Inode {
+        inode(Body::Symlink(target.into()))
+    }
+
+    fn file(size: u64, extents: &[(u64, u64, u32, u64)]) -> Inode {
+        let extent = |(file_offset, len, layer, layer_offset): &(u64, u64, u32, u64)| Extent {
+            file_offset: *file_offset,
+            len: *len,
+            layer: *layer,
+            layer_offset: *layer_offset,
+        };
+        let extents = extents.iter().map(extent).collect();
+        inode(Body::Regular { size, content: ContentHash::of(b""), extents })
+    }
+
+    fn tree(inodes: Vec<Inode>) -> Tree {
+        Tree { inodes, layer_sizes: vec![10_000] }
+    }
+
+    /// `/bin -> usr/bin`, `/loop -> loop`, `/up -> ../../usr`, `/usr/bin/sh`, also as `/usr/bash`.
+    fn sample() -> Tree {
+        tree(vec![
+            dir(&[("bin", 1), ("loop", 2), ("up", 3), ("usr", 4)]),
+            link("usr/bin"),
+            link("loop"),
+            link("../../usr"),
+            dir(&[("bash", 6), ("bin", 5)]),
+            dir(&[("sh", 6)]),
+            file(5000, &[(0, 5000, 0, 512)]),
+        ])
+    }
+
+    fn refused(tree: &Tree) -> String {
+        tree.validate().expect_err("an error").to_string()
+    }
+
+    #[test]
+    fn paths_links_and_lookups() {
+        let tree = sample();
+        tree.validate().unwrap();
+        let paths: Vec<String> = tree.paths().into_iter().map(|p| String::from_utf8(p).unwrap()).collect();
+        assert_eq!(paths, ["", "bin", "loop", "up", "usr", "usr/bin", "usr/bash"]);
+        assert_eq!(tree.link_counts(), [3, 1, 1, 1, 3, 2, 2]);
+        assert_eq!(tree.lookup(b"/usr/bin/sh"), Some(6));
+        assert_eq!(tree.lookup(b"bin/sh"), None);
+        for (path, ino) in [
+            ("bin/sh", Some(6)),
+            ("/up/bin//./sh", Some(6)),
+            ("../bin/../bash", Some(6)),
+            ("", Some(0)),
+            ("loop", None),
+            ("usr/none", None),
+            ("usr/bash/x", None),
+        ] {
+            assert_eq!(tree.resolve(path.as_bytes()), ino, "{path}");
+        }
+    }
+
+    #[test]
+    fn rules_of_names() {
+        for (inodes, reason) in [
+            (vec![], "no root"),
+            (vec![link("x")], "no root"),
+            (vec![dir(&[("a", 1)])], "name of no inode"),
+            (vec![dir(&[("a", 0)])], "name of no inode"),
+            (vec![dir(&[]), link("x")], "inode without a name"),
+            (vec![dir(&[("b", 1), ("a", 1)]), link("x")], "out of order"),
+            (vec![dir(&[("a", 1), ("a", 1)]), link("x")], "out of order"),
+            (vec![dir(&[("a", 1), ("b", 1)]), dir(&[])], "two names"),
+            (vec![dir(&[]), dir(&[("a", 1)])], "directory before its parent"),
+            (vec![dir(&[("a", 2)]), dir(&[]), dir(&[("b", 1)])], "directory before its parent"),
+            (vec![dir(&[("", 1)]), link("x")], "bad name"),
+            (vec![dir(&[(".", 1)]), link("x")], "bad name"),
+            (vec![dir(&[("..", 1)]), link("x")], "bad name"),
+            (vec![dir(&[("a/b", 1)]), link("x")], "bad name"),
+            (vec![dir(&[("a\0", 1)]), link("x")], "bad name"),
+            (vec![dir(&[(&"n".repeat(256), 1)]), link("x")], "bad name"),
+            (vec![dir(&[("a", 1)]), link("")], "bad symlink target"),
+            (vec![dir(&[("a", 1)]), link(&"t".repeat(4096))], "bad symlink target"),
+        ] {
+            let message = refused(&tree(inodes));
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+
+    #[test]
+    fn rules_of_inodes() {
+        let with = |change: &dyn Fn(&mut Inode)| {
+            let mut inode = file(10, &[]);
+            change(&mut inode);
+            tree(vec![dir(&[("a", 1)]), inode])
+        };
+        let xattr = |name: &[u8], len: usize| Xattr { name: name.to_vec(), value: vec![0; len] };
+        with(&|i| i.xattrs = vec![xattr(b"user.a", 65535), xattr(b"user.b", 0)]).validate().unwrap();
+        for (bad, reason) in [
+            (with(&|i| i.mode = 0o10000), "type bits"),
+            (with(&|i| i.mtime_nsec = 1_000_000_000), "nanoseconds"),
+            (with(&|i| i.xattrs = vec![xattr(b"b", 0), xattr(b"a", 0)]), "attributes out of order"),
+            (with(&|i| i.xattrs = vec![xattr(b"a", 0), xattr(b"a", 0)]), "attributes out of order"),
+            (with(&|i| i.xattrs = vec![xattr(b"", 0)]), "bad attribute name"),
+            (with(&|i| i.xattrs = vec![xattr(b"a\0", 0)]), "bad attribute name"),
+            (with(&|i| i.xattrs = vec![xattr(b"a", 65536)]), "value too long"),
+            (with(&|i| i.body = Body::CharDevice { major: 4096, minor: 0 }), "bad device"),
+            (with(&|i| i.body = Body::BlockDevice { major: 0, minor: 1 << 20 }), "bad device"),
+            (with(&|i| *i = file(FILE_MAX + 1, &[])), "file too large"),
+            (with(&|i| *i = file(10, &[(0, 0, 0, 0)])), "extents overlap"),
+            (with(&|i| *i = file(10, &[(0, 5, 0, 0), (4, 2, 0, 0)])), "extents overlap"),
+            (with(&|i| *i = file(10, &[(5, 6, 0, 0)])), "past the end"),
+            (with(&|i| *i = file(10, &[(u64::MAX, 2, 0, 0)])), "past the end"),
+            (with(&|i| *i = file(10, &[(0, 5, 1, 0)])), "outside its layer"),
+            (with(&|i| *i = file(10, &[(0, 5, 0, 9_996)])), "outside its layer"),
+            (with(&|i| *i = file(10, &[(0, 5, 0, u64::MAX)])), "outside its layer"),
+        ] {
+            let message = refused(&bad);
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_tree_too_deep_for_paths_is_refused() {
+        let deep = |levels: u32| {
+            let name = "n".repeat(NAME_MAX);
+            let mut inodes: Vec<Inode> = (1..=levels).map(|n| dir(&[(&name, n)])).collect();
+            inodes.push(dir(&[]));
+            tree(inodes)
+        };
+        deep(16).validate().unwrap();
+        assert!(refused(&deep(17)).contains("paths too long"));
+        // Names of one file in a deep directory, over and over.
+        let mut wide = deep(15);
+        let names = (0..300_000).map(|n| DirEntry { name: format!("{n:06}").into_bytes(), ino: 16 });
+        wide.inodes[15].body = Body::Directory(names.collect());
+        wide.inodes.push(link("x"));
+        wide.inodes.truncate(16);
+        wide.inodes.push(link("x"));
+        assert!(refused(&wide).contains("paths too long"));
+    }
+
+    #[test]
+    fn the_largest_tree_decodes() {
+        let mut inodes = vec![inode(Body::Directory(Vec::new()))];
+        let entries =
+            (1..INODES_MAX as u32).map(|ino| DirEntry { name: format!("{ino:07}").into_bytes(), ino });
+        inodes[0].body = Body::Directory(entries.collect());
+        inodes.resize(INODES_MAX, inode(Body::Fifo));
+        let mut largest = tree(inodes);
+        let bytes = encode(&largest).unwrap();
+        assert_eq!(decode::<Tree>(&bytes).unwrap().inodes.len(), INODES_MAX);
+        largest.inodes.push(inode(Body::Fifo));
+        assert!(refused(&largest).contains("too many inodes"));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_survives_flipped_bytes(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..4)) {
+            // Flips under the compression, where they reach the decoder and the rules.
+            let raw = bincode::encode_to_vec(sample(), bincode::config::standard()).unwrap();
+            let mut bad = raw;
+            let len = bad.len();
+            flips.iter().for_each(|(at, value)| bad[at % len] ^= value);
+            let mut bytes = encode(&sample()).unwrap()[..20].to_vec();
+            bytes.extend_from_slice(&(len as u32).to_le_bytes());
+            bytes.extend(zstd::bulk::compress(&bad, 1).unwrap());
+            if let Ok(tree) = decode::<Tree>(&bytes) {
+                prop_assert!(tree.validate().is_ok());
+                prop_assert_eq!(tree.paths().len(), tree.inodes.len());
+                prop_assert_eq!(tree.link_counts().len(), tree.inodes.len());
+                tree.resolve(b"bin/sh");
+            }
+        }
+    }
 }

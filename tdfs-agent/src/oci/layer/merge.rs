@@ -19,18 +19,22 @@ use super::{EntryKind, IndexedLayer, LayerError, implied_directory};
 
 /// Symbolic links followed on the way to one entry.
 const LINKS_MAX: u32 = 255;
-/// Directory steps of a whole merge; hostile links and whiteouts could ask for any number.
-const STEPS_MAX: u64 = 1 << 28;
+/// Directory steps of a merge that every entry pays for, and what is free; hostile links and whiteouts could ask for
+/// any number.
+const STEPS_PER_ENTRY: u64 = 64;
+const STEPS_FREE: u64 = 1 << 22;
 
 /// Merges `layers`, lowest first, into a tree that satisfies its format.
 pub fn merge(layers: &[IndexedLayer]) -> Result<Tree, LayerError> {
-    let mut merge = Merge { nodes: vec![Node::new(implied_directory())], layer: 0, steps: 0 };
+    let entries: usize = layers.iter().map(|l| l.entries.len()).sum();
+    let limit = STEPS_FREE + STEPS_PER_ENTRY * entries as u64;
+    let mut merge = Merge { nodes: vec![Node::new(implied_directory())], layer: 0, steps: limit };
     for layer in layers {
         merge.layer += 1;
         for entry in &layer.entries {
             merge.apply(&entry.path, &entry.kind).map_err(|error| match error {
                 Failure::Entry(reason) => LayerError::entry(&entry.path, reason),
-                Failure::Steps => LayerError::TooLarge { what: "directories to search", limit: STEPS_MAX },
+                Failure::Steps => LayerError::TooLarge { what: "directories to search", limit },
             })?;
         }
     }
@@ -74,6 +78,7 @@ impl Node {
 struct Merge {
     nodes: Vec<Node>,
     layer: u32,
+    /// Left to take.
     steps: u64,
 }
 
@@ -158,7 +163,7 @@ impl Merge {
         let mut chain = vec![0usize];
         let mut todo: Vec<Vec<u8>> = components(path);
         while let Some(name) = todo.pop() {
-            self.step()?;
+            self.step(1)?;
             let dir = chain[chain.len() - 1];
             if name == b".." {
                 if chain.len() > 1 {
@@ -221,17 +226,17 @@ impl Merge {
         }
         while let Some(dir) = todo.pop() {
             let mut names = std::mem::take(&mut self.nodes[dir].names);
-            self.steps += names.len() as u64;
+            let steps = names.len() as u64;
             names.retain(|_, name| hide(&self.nodes, layer, name, &mut todo));
             self.nodes[dir].names = names;
-            self.step()?;
+            self.step(1 + steps)?;
         }
         Ok(())
     }
 
-    fn step(&mut self) -> Result<(), Failure> {
-        self.steps += 1;
-        if self.steps > STEPS_MAX { Err(Failure::Steps) } else { Ok(()) }
+    fn step(&mut self, n: u64) -> Result<(), Failure> {
+        self.steps = self.steps.checked_sub(n).ok_or(Failure::Steps)?;
+        Ok(())
     }
 
     /// Numbers what can be reached, parents first, names in order.

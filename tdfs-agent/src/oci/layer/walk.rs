@@ -6,7 +6,7 @@
 //! (`trusted.overlay.`, `user.overlay.`), are dropped.
 
 use tdfs_common::digest::ContentHasher;
-use tdfs_common::tree::{Body, Extent, FILE_MAX, Inode, NAME_MAX, TARGET_MAX, Xattr};
+use tdfs_common::tree::{Body, Extent, FILE_MAX, Inode, NAME_MAX, PATH_MAX, TARGET_MAX, Xattr};
 
 use super::header::{BLOCK, Fields, Header, checksum_matches, text};
 use super::pax::{self, Records};
@@ -16,8 +16,7 @@ use super::{ENTRIES_MAX, Entry, EntryKind, LayerError};
 
 /// Longest extended header, bytes.
 const EXTENSION_MAX: u64 = 1 << 20;
-/// Longest path, bytes (PATH_MAX - 1).
-const PATH_MAX: usize = 4095;
+
 /// Longest value of an extended attribute, bytes, as the tree stores it.
 const XATTR_MAX: usize = 65535;
 /// Paths, targets, attributes and extents of one layer, bytes.
