@@ -13,6 +13,8 @@ mod attach;
 mod layout;
 mod load;
 mod segment;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 use std::io;

@@ -5,6 +5,8 @@
 //! and why is said in each of them.
 
 mod presence;
+#[cfg(test)]
+mod tests;
 mod zone;
 
 use std::io;

@@ -251,6 +251,14 @@ fn boot_id() -> Result<BootId, RtpcError> {
     Ok(id.to_be_bytes())
 }
 
+/// Rewrites the file as another boot would have left it.
+#[cfg(test)]
+pub(super) fn age(path: &Path) {
+    let Some((mut boot, bits)) = load(path).expect("readable") else { return };
+    boot[3] ^= 1;
+    fs::write(path, encode(boot, &bits)).expect("writable");
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -263,13 +271,6 @@ mod tests {
 
     fn units(p: &Presence, n: u64) -> Vec<u64> {
         (0..n).filter(|u| p.contains(*u)).collect()
-    }
-
-    /// Rewrites the file as another boot would have left it.
-    fn age(path: &Path) {
-        let (mut boot, bits) = load(path).unwrap().unwrap();
-        boot[3] ^= 1;
-        fs::write(path, encode(boot, &bits)).unwrap();
     }
 
     #[test]

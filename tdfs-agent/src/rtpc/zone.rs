@@ -180,7 +180,7 @@ impl Writer {
     /// Writes verified `pages` from `zone_page` on and marks them present (FlacIO's rt_inject). Threads may share the
     /// writer.
     pub fn inject(&self, zone_page: u64, pages: &[u8]) -> Result<(), RtpcError> {
-        let end = zone_page + (pages.len() / PAGE_SIZE) as u64;
+        let end = zone_page.saturating_add((pages.len() / PAGE_SIZE) as u64);
         if !pages.len().is_multiple_of(PAGE_SIZE) || end > self.zone.needed.len() {
             return Err(RtpcError::OutsideZone { path: self.zone.data_path.clone(), pages: zone_page..end });
         }
