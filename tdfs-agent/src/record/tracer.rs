@@ -93,6 +93,14 @@ fn io_error<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> TracerError
     move |e| TracerError::Io { what, source: e.into() }
 }
 
+/// CLOCK_MONOTONIC, nanoseconds: the clock of the probe's time stamps.
+pub fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is live; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// What to trace.
 #[derive(Clone, Debug)]
 pub struct TracerOptions {

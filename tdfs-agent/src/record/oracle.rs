@@ -1,0 +1,77 @@
+//! The check on the probe: recorded pages against what is in the page cache of the private mount.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+
+use serde::Serialize;
+use tdfs_common::bitmap::PageBitmap;
+use tdfs_common::tree::Body;
+
+use super::order::PageRun;
+use super::residency;
+use crate::rootfs::RootFs;
+
+/// How the recorded pages compare with the resident ones, all of them up to the moment the container was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Oracle {
+    /// Share of recorded pages that are resident; less than 1 if memory ran short meanwhile.
+    pub precision: f64,
+    /// Share of resident pages that are recorded; less than 1 if the probe missed some.
+    pub recall: f64,
+    /// Recorded pages.
+    pub recorded: u64,
+    /// Resident pages.
+    pub resident: u64,
+}
+
+/// Resident pages of every regular file of the mount that has any, by the tree's inode number.
+pub(super) fn resident(rootfs: &RootFs) -> io::Result<HashMap<u32, PageBitmap>> {
+    let tree = rootfs.tree();
+    let paths = tree.paths();
+    let mut found = HashMap::new();
+    for (ino, inode) in tree.inodes.iter().enumerate() {
+        if !matches!(inode.body, Body::Regular { size: 1.., .. }) {
+            continue;
+        }
+        let path = rootfs.path().join(super::os_path(&paths[ino]));
+        let failed = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+        let pages = residency::resident(&File::open(&path).map_err(failed)?).map_err(failed)?;
+        if pages.count() > 0 {
+            found.insert(ino as u32, pages);
+        }
+    }
+    Ok(found)
+}
+
+/// Compares runs of known inodes, no page twice, with what is resident.
+pub(super) fn compare(recorded: &[(u32, PageRun)], resident: &HashMap<u32, PageBitmap>) -> Oracle {
+    let (mut pages, mut both) = (0, 0);
+    for (ino, run) in recorded {
+        pages += run.pages.len() as u64;
+        if let Some(bitmap) = resident.get(ino) {
+            both += run.pages.clone().filter(|p| bitmap.contains(u64::from(*p))).count() as u64;
+        }
+    }
+    let found: u64 = resident.values().map(PageBitmap::count).sum();
+    let share = |of: u64| if of == 0 { 1.0 } else { both as f64 / of as f64 };
+    Oracle { precision: share(pages), recall: share(found), recorded: pages, resident: found }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_and_surplus_pages_lower_the_shares() {
+        let run = |ino, pages| (ino, PageRun { ino: u64::from(ino), pages });
+        let mut pages = PageBitmap::new(10);
+        pages.insert_range(0..4);
+        let resident = HashMap::from([(1, pages)]);
+        let oracle = compare(&[run(1, 0..2), run(2, 0..1)], &resident);
+        assert_eq!((oracle.recorded, oracle.resident), (3, 4));
+        assert!((oracle.precision - 2.0 / 3.0).abs() < 1e-9 && (oracle.recall - 0.5).abs() < 1e-9);
+        assert!((compare(&[run(1, 0..4)], &resident).recall - 1.0).abs() < 1e-9);
+        assert!((compare(&[], &HashMap::new()).recall - 1.0).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,339 @@
+//! Waiting until a service is ready.
+//!
+//! While recording, the tracer's kernel events say so where there are any (LISTEN, exec, first page, user probe), with
+//! the time it happened. Without a tracer: connections, fanotify marks on the container's overlay, and a user probe
+//! alone. Requests and log lines work the same for both. Nothing is left behind: marks and probes go with their file
+//! descriptors.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
+use nix::unistd::Pid;
+use regex::bytes::Regex;
+use tdfs_common::tree::Tree;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{oneshot, watch};
+
+use super::probe::{HttpProbe, Probe};
+use super::sandbox::{Exit, OnLine, Sandbox};
+use super::tracer::{Notice, Tracer, TracerError, What, now};
+use super::{ImageFile, residency, symbol};
+use crate::rootfs::RootFs;
+
+/// Between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(2);
+/// For one answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// After the container's end, for events and output that are still on their way.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// A service does not become ready.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadyError {
+    /// The file of the probe.
+    #[error("{path}: {reason}")]
+    File {
+        /// In the image.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The container ended first.
+    #[error("the container ended {} before it was ready{}", describe(*exit), last(tail))]
+    Ended {
+        /// How.
+        exit: Exit,
+        /// Its last lines of output.
+        tail: String,
+    },
+    /// It took too long.
+    #[error("not ready after {} s ({probe}){}", timeout.as_secs_f32(), last(tail))]
+    Timeout {
+        /// The probe.
+        probe: String,
+        /// The limit.
+        timeout: Duration,
+        /// The container's last lines of output.
+        tail: String,
+    },
+    /// No kernel events.
+    #[error(transparent)]
+    Tracer(#[from] TracerError),
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+fn describe(exit: Exit) -> String {
+    match exit {
+        Exit::Code(code) => format!("with exit code {code}"),
+        Exit::Signal(signal) => format!("by signal {signal}"),
+    }
+}
+
+fn last(tail: &str) -> String {
+    if tail.is_empty() { "; it printed nothing".into() } else { format!("; its last output: {tail}") }
+}
+
+fn io_error<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ReadyError {
+    move |e| ReadyError::Io { what, source: e.into() }
+}
+
+/// A probe that watches from before the container starts.
+pub struct Readiness<'a> {
+    probe: &'a Probe,
+    tree: &'a Tree,
+    means: Means,
+}
+
+/// What has to be in place before the start.
+enum Means {
+    /// Nothing.
+    None,
+    /// Somebody looks at every line; the time of the first match.
+    Lines(watch::Sender<Option<u64>>),
+    /// A mark on the file.
+    Mark(AsyncFd<Fanotify>),
+    /// A user probe of our own.
+    Uprobe(Box<Tracer>),
+    /// The tracer that records.
+    Events {
+        /// The probe's file.
+        ino: Option<u32>,
+    },
+}
+
+impl<'a> Readiness<'a> {
+    /// For a container over `rootfs` whose overlay is mounted at `merged`; to be called before it starts, on a
+    /// multi-threaded runtime: it may read the image.
+    pub fn prepare(probe: &'a Probe, rootfs: &'a RootFs, merged: &Path) -> Result<Self, ReadyError> {
+        let means = match probe {
+            Probe::Tcp(_) | Probe::Http(_) | Probe::Exit(_) => Means::None,
+            Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
+            Probe::Open(path) => Means::Mark(mark(rootfs, merged, path, MaskFlags::FAN_OPEN)?),
+            // Minimum kernel version 5.0.
+            Probe::Exec(path) => Means::Mark(mark(rootfs, merged, path, MaskFlags::FAN_OPEN_EXEC)?),
+            Probe::Uprobe { path, symbol } => {
+                let mut tracer = Tracer::uprobe_only()?;
+                attach_uprobe(&mut tracer, rootfs, path, symbol)?;
+                Means::Uprobe(Box::new(tracer))
+            }
+        };
+        Ok(Self { probe, tree: rootfs.tree(), means })
+    }
+
+    /// The same with the kernel events of `tracer`.
+    pub(super) fn prepare_traced(
+        probe: &'a Probe,
+        rootfs: &'a RootFs,
+        tracer: &mut Tracer,
+    ) -> Result<Self, ReadyError> {
+        let means = match probe {
+            Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
+            Probe::Exit(_) => Means::None,
+            Probe::Tcp(_) | Probe::Http(_) => Means::Events { ino: None },
+            Probe::Open(path) => {
+                let file = find(rootfs, path)?;
+                tracer.watch_inode(rootfs.nid_of(file.ino))?;
+                Means::Events { ino: Some(file.ino) }
+            }
+            Probe::Exec(path) => Means::Events { ino: Some(find(rootfs, path)?.ino) },
+            Probe::Uprobe { path, symbol } => {
+                attach_uprobe(tracer, rootfs, path, symbol)?;
+                Means::Events { ino: None }
+            }
+        };
+        Ok(Self { probe, tree: rootfs.tree(), means })
+    }
+
+    /// Must be given to the container.
+    pub fn on_line(&self) -> Option<OnLine> {
+        let (Means::Lines(matched), Probe::Log(regex)) = (&self.means, self.probe) else { return None };
+        let (matched, regex): (_, Regex) = (matched.clone(), regex.clone());
+        Some(Arc::new(move |line| {
+            if matched.borrow().is_none() && regex.is_match(line) {
+                matched.send_replace(Some(now()));
+            }
+        }))
+    }
+
+    /// Waits until the service is ready; when it was (CLOCK_MONOTONIC, nanoseconds).
+    pub async fn wait(self, sandbox: &Sandbox, timeout: Duration) -> Result<u64, ReadyError> {
+        self.wait_traced(sandbox, None, timeout).await
+    }
+
+    pub(super) async fn wait_traced(
+        self,
+        sandbox: &Sandbox,
+        tracer: Option<&mut Tracer>,
+        timeout: Duration,
+    ) -> Result<u64, ReadyError> {
+        let probe = self.probe;
+        let mut ready = std::pin::pin!(self.condition(sandbox, tracer));
+        let ended = async {
+            if matches!(probe, Probe::Exit(_)) { std::future::pending().await } else { sandbox.wait().await }
+        };
+        let exit = tokio::select! {
+            biased;
+            ready = &mut ready => return ready,
+            exit = ended => exit,
+            () = tokio::time::sleep(timeout) => {
+                return Err(ReadyError::Timeout { probe: probe.to_string(), timeout, tail: sandbox.tail() });
+            }
+        };
+        match tokio::time::timeout(GRACE, ready).await {
+            Ok(ready @ Ok(_)) => ready,
+            _ => Err(ReadyError::Ended { exit, tail: sandbox.tail() }),
+        }
+    }
+
+    async fn condition(self, sandbox: &Sandbox, tracer: Option<&mut Tracer>) -> Result<u64, ReadyError> {
+        let Self { probe, tree, means } = self;
+        let pid = sandbox.init_pid();
+        match (probe, means, tracer) {
+            (Probe::Tcp(port), Means::Events { .. }, Some(tracer)) => listening(tracer, *port).await,
+            (&Probe::Tcp(port), ..) => {
+                let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+                let connects =
+                    move |ip: &IpAddr| TcpStream::connect_timeout(&(*ip, port).into(), ANSWER).is_ok();
+                retry(pid, move || loopback.iter().any(connects)).await
+            }
+            (Probe::Http(http), means, tracer) => {
+                if let (Means::Events { .. }, Some(tracer)) = (means, tracer) {
+                    listening(tracer, http.address().1).await?;
+                }
+                let http = http.clone();
+                retry(pid, move || status(&http).is_ok_and(|s| http.accepts(s))).await
+            }
+            (Probe::Log(_), Means::Lines(matched), _) => {
+                let mut matched = matched.subscribe();
+                let found = matched.wait_for(Option::is_some).await.map(|t| *t);
+                Ok(found.ok().flatten().unwrap_or_else(now))
+            }
+            (Probe::Exit(code), ..) => {
+                let exit = sandbox.wait().await;
+                if exit == Exit::Code(*code) {
+                    return Ok(now());
+                }
+                tokio::time::sleep(GRACE).await;
+                Err(ReadyError::Ended { exit, tail: sandbox.tail() })
+            }
+            (_, Means::Mark(group), _) => {
+                let ready = group.readable().await.map_err(io_error("fanotify"))?;
+                drop(ready);
+                Ok(now())
+            }
+            (_, Means::Uprobe(mut tracer), _) => Ok(tracer.notice(|n| n.what == What::Uprobe).await?.ktime),
+            (_, Means::Events { ino }, Some(tracer)) => {
+                let wanted = |n: &Notice| match &n.what {
+                    What::Page | What::Uprobe => true,
+                    What::Listen(_) => false,
+                    What::Exec(filename, interp) => {
+                        matches!(probe, Probe::Exec(_)) && executes(tree, ino, n.tgid, [filename, interp])
+                    }
+                };
+                Ok(tracer.notice(wanted).await?.ktime)
+            }
+            // Means without what they belong to are never made.
+            (_, Means::None | Means::Lines(_) | Means::Events { .. }, _) => std::future::pending().await,
+        }
+    }
+}
+
+/// Whether an execution is one of inode `ino`: by the path that was given, by the interpreter, or by what runs now.
+fn executes(tree: &Tree, ino: Option<u32>, tgid: u32, paths: [&[u8]; 2]) -> bool {
+    let is = |path: &[u8]| path.starts_with(b"/") && tree.resolve(path) == ino;
+    let running = || std::fs::read_link(format!("/proc/{tgid}/exe"));
+    paths.into_iter().any(is) || running().is_ok_and(|p| is(p.as_os_str().as_encoded_bytes()))
+}
+
+async fn listening(tracer: &mut Tracer, port: u16) -> Result<u64, ReadyError> {
+    Ok(tracer.notice(|n| n.what == What::Listen(port)).await?.ktime)
+}
+
+fn find<'a>(rootfs: &'a RootFs, path: &str) -> Result<ImageFile<'a>, ReadyError> {
+    let failed = |reason: &str| ReadyError::File { path: path.to_owned(), reason: reason.to_owned() };
+    ImageFile::find(rootfs, path.as_bytes()).ok_or_else(|| failed("no such file in the image"))
+}
+
+/// A group that becomes readable when the file is opened through the overlay. Marking an inode reads none of its pages.
+fn mark(
+    rootfs: &RootFs,
+    merged: &Path,
+    path: &str,
+    mask: MaskFlags,
+) -> Result<AsyncFd<Fanotify>, ReadyError> {
+    let at: PathBuf = merged.join(find(rootfs, path)?.path());
+    let failed = io_error::<Errno>("fanotify");
+    let init = InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
+    let group = Fanotify::init(init, EventFFlags::O_RDONLY | EventFFlags::O_CLOEXEC).map_err(&failed)?;
+    group.mark(MarkFlags::FAN_MARK_ADD, mask, AT_FDCWD, Some(&at)).map_err(&failed)?;
+    // SAFETY: the group owns its descriptor, and nothing replaces it.
+    let registered = unsafe { AsyncFd::register_with_interest(group, tokio::io::Interest::READABLE) };
+    registered.map_err(|e| io_error("fanotify")(e))
+}
+
+/// Looks the symbol up and sets a probe on it. The pages this reads are dropped again: they are not the service's.
+fn attach_uprobe(tracer: &mut Tracer, rootfs: &RootFs, path: &str, name: &str) -> Result<(), ReadyError> {
+    let found = find(rootfs, path)?;
+    let failed = |reason: String| ReadyError::File { path: path.to_owned(), reason };
+    let at = rootfs.path().join(found.path());
+    let file = File::open(&at).map_err(|e| failed(e.to_string()))?;
+    let offset = tokio::task::block_in_place(|| symbol::file_offset(&file, name))
+        .map_err(|reason| failed(format!("{name}: {reason}")))?;
+    residency::forget(&file).map_err(|e| failed(e.to_string()))?;
+    tracer.attach_uprobe(&at, offset)?;
+    Ok(())
+}
+
+/// Repeats `attempt` in the network namespace of `pid` until it succeeds; when it did. Gives up when dropped.
+async fn retry(pid: Pid, attempt: impl Fn() -> bool + Send + 'static) -> Result<u64, ReadyError> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(io_error("network namespace"))?;
+    let (send, receive) = oneshot::channel();
+    // A thread of its own: its namespace must not leak into a pool.
+    let run = move || {
+        if let Err(e) = setns(&namespace, CloneFlags::CLONE_NEWNET) {
+            let _ = send.send(Err(io_error("network namespace")(e)));
+            return;
+        }
+        while !send.is_closed() {
+            if attempt() {
+                let _ = send.send(Ok(now()));
+                return;
+            }
+            std::thread::sleep(RETRY);
+        }
+    };
+    std::thread::Builder::new().name("readiness".into()).spawn(run).map_err(io_error("thread"))?;
+    receive.await.unwrap_or_else(|_| Err(io_error("thread")(io::Error::other("ended early"))))
+}
+
+/// The status of the answer to one GET (RFC 9112, section 4: `HTTP/1.1 200 OK`).
+fn status(http: &HttpProbe) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from(http.address()), ANSWER)?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    stream.set_write_timeout(Some(ANSWER))?;
+    let (target, host) = (http.target(), http.host());
+    write!(stream, "GET {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: tdfs\r\nConnection: close\r\n\r\n")?;
+    let mut line = [0; 12];
+    stream.read_exact(&mut line)?;
+    let status =
+        std::str::from_utf8(&line).ok().and_then(|l| l.strip_prefix("HTTP/1.")?.get(2..)?.parse().ok());
+    let status = status.ok_or_else(|| io::Error::other("not an HTTP answer"))?;
+    // The service is not disturbed by a connection reset while it answers; the rest has a limit.
+    let _ = io::copy(&mut stream.take(1 << 20), &mut io::sink());
+    Ok(status)
+}
