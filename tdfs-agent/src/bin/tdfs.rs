@@ -1,2 +1,5 @@
-//! tdfs
-fn main() {}
+//! `tdfs`, for people and CI.
+
+fn main() -> std::process::ExitCode {
+    tdfs_agent::cli::main()
+}

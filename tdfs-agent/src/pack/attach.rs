@@ -151,16 +151,19 @@ pub async fn read_group(store: &Store, group: &str, progress: Progress<'_>) -> R
 }
 
 async fn read_service(store: &Store, artifact: &Digest) -> Result<Service, PackError> {
-    let manifest = artifact_manifest(store, artifact).await?;
+    let (_, manifest) = artifact_manifest(store, artifact).await?;
     let blob = layer(&manifest, artifact, SERVICE_TYPE)?;
     Ok(decode(&store.blob(blob, Service::MAX_BYTES as u64).await?)?)
 }
 
-/// The manifest of a runtime image.
-pub(super) async fn artifact_manifest(store: &Store, artifact: &Digest) -> Result<Manifest, PackError> {
+/// The manifest of a runtime image, as stored and parsed.
+pub(super) async fn artifact_manifest(
+    store: &Store,
+    artifact: &Digest,
+) -> Result<(Bytes, Manifest), PackError> {
     let (descriptor, bytes) = store.manifest(artifact).await?;
     match Document::parse(&artifact.to_string(), Some(&descriptor.media_type), &bytes)?.1 {
-        Document::Manifest(m) if m.artifact_type.as_deref() == Some(ARTIFACT_TYPE) => Ok(m),
+        Document::Manifest(m) if m.artifact_type.as_deref() == Some(ARTIFACT_TYPE) => Ok((bytes, m)),
         _ => Err(PackError::Damaged { what: artifact.to_string(), reason: "not a runtime image".into() }),
     }
 }

@@ -58,8 +58,10 @@ pub struct Available {
 /// A runtime image that fits its image.
 #[derive(Clone, Debug)]
 pub struct LoadedRuntimeImage {
-    /// The artifact manifest.
+    /// Of the artifact manifest.
     pub manifest: Digest,
+    /// The artifact manifest as stored.
+    pub artifact: Bytes,
     /// Page table and segments.
     pub service: Service,
     /// The image's files.
@@ -91,7 +93,7 @@ async fn describe(store: &Store, manifest: Descriptor) -> Result<Available, Pack
     let annotations = if manifest.annotations.contains_key(SERVICE_ANNOTATION) {
         manifest.annotations.clone()
     } else {
-        artifact_manifest(store, &manifest.digest).await?.annotations
+        artifact_manifest(store, &manifest.digest).await?.1.annotations
     };
     let get = |key| annotations.get(key).cloned().unwrap_or_default();
     let (service, group, created) = (get(SERVICE_ANNOTATION), get(GROUP_ANNOTATION), get(CREATED_ANNOTATION));
@@ -109,7 +111,7 @@ pub async fn load(
         Choice::Pinned(digest) => digest,
         Choice::Only | Choice::Service(_) => choose(&list(store, image).await?, image, choice)?,
     };
-    let manifest = artifact_manifest(store, &digest).await?;
+    let (artifact, manifest) = artifact_manifest(store, &digest).await?;
     let damaged = |reason: &str| PackError::Damaged { what: digest.to_string(), reason: reason.to_owned() };
     if manifest.subject.as_ref().map(|s| s.digest) != Some(image.digest) {
         return Err(damaged("belongs to another image"));
@@ -131,7 +133,7 @@ pub async fn load(
         }
         None => None,
     };
-    let loaded = LoadedRuntimeImage { manifest: digest, service, tree, index, windows };
+    let loaded = LoadedRuntimeImage { manifest: digest, artifact, service, tree, index, windows };
     loaded.check(image, &manifest).map_err(damaged)?;
     Ok(loaded)
 }

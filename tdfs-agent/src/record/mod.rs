@@ -189,7 +189,7 @@ struct Moments {
 /// Starts the container, waits until it is ready and stops it there.
 async fn run(
     sandbox: &Sandbox,
-    readiness: Readiness<'_>,
+    readiness: Readiness,
     mut tracer: Option<&mut Tracer>,
     timeout: Duration,
 ) -> Result<Moments, RecordError> {

@@ -93,9 +93,9 @@ fn io_error<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ReadyError 
 }
 
 /// A probe that watches from before the container starts.
-pub struct Readiness<'a> {
-    probe: &'a Probe,
-    tree: &'a Tree,
+pub struct Readiness {
+    probe: Probe,
+    tree: Arc<Tree>,
     means: Means,
 }
 
@@ -116,10 +116,10 @@ enum Means {
     },
 }
 
-impl<'a> Readiness<'a> {
+impl Readiness {
     /// For a container over `rootfs` whose overlay is mounted at `merged`; to be called before it starts, on a
     /// multi-threaded runtime: it may read the image.
-    pub fn prepare(probe: &'a Probe, rootfs: &'a RootFs, merged: &Path) -> Result<Self, ReadyError> {
+    pub fn prepare(probe: &Probe, rootfs: &RootFs, merged: &Path) -> Result<Self, ReadyError> {
         let means = match probe {
             Probe::Tcp(_) | Probe::Http(_) | Probe::Exit(_) => Means::None,
             Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
@@ -132,13 +132,13 @@ impl<'a> Readiness<'a> {
                 Means::Uprobe(Box::new(tracer))
             }
         };
-        Ok(Self { probe, tree: rootfs.tree(), means })
+        Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
     }
 
     /// The same with the kernel events of `tracer`.
     pub(super) fn prepare_traced(
-        probe: &'a Probe,
-        rootfs: &'a RootFs,
+        probe: &Probe,
+        rootfs: &RootFs,
         tracer: &mut Tracer,
     ) -> Result<Self, ReadyError> {
         let means = match probe {
@@ -156,12 +156,12 @@ impl<'a> Readiness<'a> {
                 Means::Events { ino: None }
             }
         };
-        Ok(Self { probe, tree: rootfs.tree(), means })
+        Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
     }
 
     /// Must be given to the container.
     pub fn on_line(&self) -> Option<OnLine> {
-        let (Means::Lines(matched), Probe::Log(regex)) = (&self.means, self.probe) else { return None };
+        let (Means::Lines(matched), Probe::Log(regex)) = (&self.means, &self.probe) else { return None };
         let (matched, regex): (_, Regex) = (matched.clone(), regex.clone());
         Some(Arc::new(move |line| {
             if matched.borrow().is_none() && regex.is_match(line) {
@@ -181,7 +181,7 @@ impl<'a> Readiness<'a> {
         tracer: Option<&mut Tracer>,
         timeout: Duration,
     ) -> Result<u64, ReadyError> {
-        let probe = self.probe;
+        let probe = self.probe.clone();
         let mut ready = std::pin::pin!(self.condition(sandbox, tracer));
         let ended = async {
             if matches!(probe, Probe::Exit(_)) { std::future::pending().await } else { sandbox.wait().await }
@@ -203,7 +203,7 @@ impl<'a> Readiness<'a> {
     async fn condition(self, sandbox: &Sandbox, tracer: Option<&mut Tracer>) -> Result<u64, ReadyError> {
         let Self { probe, tree, means } = self;
         let pid = sandbox.init_pid();
-        match (probe, means, tracer) {
+        match (&probe, means, tracer) {
             (Probe::Tcp(port), Means::Events { .. }, Some(tracer)) => listening(tracer, *port).await,
             (&Probe::Tcp(port), ..) => {
                 let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
@@ -242,7 +242,7 @@ impl<'a> Readiness<'a> {
                     What::Page | What::Uprobe => true,
                     What::Listen(_) => false,
                     What::Exec(filename, interp) => {
-                        matches!(probe, Probe::Exec(_)) && executes(tree, ino, n.tgid, [filename, interp])
+                        matches!(probe, Probe::Exec(_)) && executes(&tree, ino, n.tgid, [filename, interp])
                     }
                 };
                 Ok(tracer.notice(wanted).await?.ktime)

@@ -133,6 +133,7 @@ pub struct SandboxSpec<'a> {
 /// A container; [`delete`](Sandbox::delete) it.
 pub struct Sandbox {
     id: String,
+    bundle: PathBuf,
     runc_root: PathBuf,
     init: Pid,
     exit: watch::Receiver<Option<Exit>>,
@@ -190,7 +191,16 @@ impl Sandbox {
         tokio::task::spawn_blocking(move || {
             let _ = sender.send(Some(wait(init)));
         });
-        Ok(Self { id: spec.id.to_owned(), runc_root: spec.runc_root.to_owned(), init, exit, tail, readers })
+        let bundle = spec.bundle.to_owned();
+        Ok(Self {
+            id: spec.id.to_owned(),
+            bundle,
+            runc_root: spec.runc_root.to_owned(),
+            init,
+            exit,
+            tail,
+            readers,
+        })
     }
 
     /// Lets the process run.
@@ -251,10 +261,11 @@ impl Sandbox {
         }
     }
 
-    /// Kills what still runs and removes the container. Its output is complete afterwards.
+    /// Kills what still runs and removes the container and its bundle. Its output is complete afterwards.
     pub async fn delete(mut self) -> Result<Exit, SandboxError> {
         self.runc(&["delete", "--force"], &[]).await?;
         let exit = self.wait().await;
+        std::fs::remove_dir_all(&self.bundle).map_err(SandboxError::io(&self.bundle))?;
         for reader in self.readers.drain(..) {
             // A process that left the container may hold the pipe; nobody waits for that.
             let _ = tokio::time::timeout(Duration::from_secs(1), reader).await;

@@ -1,0 +1,312 @@
+//! What a person types.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tdfs_common::digest::Digest;
+
+use crate::node;
+use crate::oci::Reference;
+use crate::record::Probe;
+use crate::record::sandbox::Network;
+
+/// Starts large containers cold in about the time they need warm.
+#[derive(Debug, Parser)]
+#[command(name = "tdfs", version, propagate_version = true)]
+pub struct Cli {
+    /// Print one JSON object on stdout instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Log more on stderr (-v info, -vv debug); RUST_LOG overrides
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands of `tdfs`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Record a service until it is ready and attach its runtime image to the image
+    Record(RecordArgs),
+    /// Pack saved traces into a runtime image
+    Pack(PackArgs),
+    /// Start a container from an image and its runtime image; report every stage
+    Run(RunArgs),
+    /// Mount an image read-only
+    Mount(MountArgs),
+    /// Unmount what `tdfs mount` mounted
+    Umount {
+        /// Mount point
+        target: PathBuf,
+        /// State directory of the mount
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/tdfs")]
+        state: PathBuf,
+    },
+    /// Show an image and its runtime images
+    Inspect(InspectArgs),
+    /// Check every byte of an image's runtime images against the image
+    Verify(InspectArgs),
+    /// The server behind `tdfs mount`
+    #[command(hide = true)]
+    ServeMount(MountArgs),
+}
+
+/// How to reach registries, and where to keep things.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// Cache and state directory
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/tdfs")]
+    pub state: PathBuf,
+    /// Speak plain HTTP to the registry (always so on loopback addresses)
+    #[arg(long)]
+    pub plain_http: bool,
+    /// Try this registry before the image's own; may be given several times
+    #[arg(long, value_name = "URL")]
+    pub mirror: Vec<String>,
+    /// Trust the certificates in this PEM file as well
+    #[arg(long, value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// Read registry credentials from this docker config instead of the usual places
+    #[arg(long, value_name = "FILE")]
+    pub authfile: Option<PathBuf>,
+    /// Platform to choose from an image index, os/architecture[/variant]
+    #[arg(long, value_name = "PLATFORM")]
+    pub platform: Option<String>,
+}
+
+/// Where a runtime image goes.
+#[derive(Args, Clone, Debug)]
+pub struct Destination {
+    /// Write a layout that holds the image and its runtime image
+    #[arg(long, value_name = "OCI-DIR", conflicts_with = "push")]
+    pub output: Option<PathBuf>,
+    /// Push the runtime image into the image's own repository
+    #[arg(long)]
+    pub push: bool,
+}
+
+/// `tdfs record`
+#[derive(Args, Debug)]
+pub struct RecordArgs {
+    /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
+    pub image: Reference,
+    /// Name of the service
+    #[arg(long, value_name = "NAME")]
+    pub service: String,
+    /// Group whose services share pages
+    #[arg(long, value_name = "GROUP", default_value = "default")]
+    pub group: String,
+    /// When the service is ready: tcp:PORT, http:URL[=STATUS], log:REGEX, open:PATH, exec:PATH,
+    /// uprobe:PATH:SYMBOL or exit[=CODE]
+    #[arg(long, value_name = "PROBE")]
+    pub ready: Probe,
+    /// Give up when not ready by then
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Record this many runs and pack what any of them touched
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+    /// Also save the trace
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Pack although events were lost: the start will fetch what is missing on demand
+    #[arg(long)]
+    pub allow_incomplete: bool,
+    /// Network of the container
+    #[arg(long, value_enum, default_value_t = Net::Private)]
+    pub network: Net,
+    /// Where the runtime image goes
+    #[command(flatten)]
+    pub destination: Destination,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+    /// Command that replaces the image's
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `tdfs pack`
+#[derive(Args, Debug)]
+pub struct PackArgs {
+    /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
+    pub image: Reference,
+    /// Traces saved by `tdfs record --trace`; those of one service merge
+    #[arg(long, value_name = "FILE", required = true)]
+    pub trace: Vec<PathBuf>,
+    /// Group whose services share pages
+    #[arg(long, value_name = "GROUP", default_value = "default")]
+    pub group: String,
+    /// Pack although events were lost
+    #[arg(long)]
+    pub allow_incomplete: bool,
+    /// Where the runtime image goes
+    #[command(flatten)]
+    pub destination: Destination,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+    /// Command that replaces the image's
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// Which runtime image a start uses.
+#[derive(Args, Clone, Debug)]
+pub struct Choice {
+    /// Service whose runtime image to use; may be left out where there is one
+    #[arg(long, value_name = "NAME")]
+    pub service: Option<String>,
+    /// Use exactly the runtime image with this manifest digest
+    #[arg(long, value_name = "DIGEST")]
+    pub pin: Option<Digest>,
+    /// Use no runtime image: fetch all layers first
+    #[arg(long, conflicts_with_all = ["service", "pin"])]
+    pub no_runtime_image: bool,
+    /// When to ask the registry what the reference stands for
+    #[arg(long, value_enum, default_value_t = Pull::Missing)]
+    pub pull: Pull,
+}
+
+/// `tdfs run`
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
+    pub image: Reference,
+    /// Which runtime image
+    #[command(flatten)]
+    pub choice: Choice,
+    /// When the service is ready; the recorded probe where left out
+    #[arg(long, value_name = "PROBE")]
+    pub ready: Option<Probe>,
+    /// Give up when not ready by then
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Network of the container
+    #[arg(long, value_enum, default_value_t = Net::Host)]
+    pub network: Net,
+    /// Stop the container as soon as it is ready
+    #[arg(long)]
+    pub exit_when_ready: bool,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+    /// Command that replaces the image's and the service's
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `tdfs mount`
+#[derive(Args, Clone, Debug)]
+pub struct MountArgs {
+    /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
+    pub image: Reference,
+    /// Empty directory to mount on
+    pub target: PathBuf,
+    /// Which runtime image
+    #[command(flatten)]
+    pub choice: Choice,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// `tdfs inspect` and `tdfs verify`
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// registry/repo:tag, …@sha256:…, oci:DIR[:tag] or the directory of a layout
+    #[arg(value_parser = super::inspect::image_or_layout)]
+    pub image: Reference,
+    /// Only this service
+    #[arg(long, value_name = "NAME")]
+    pub service: Option<String>,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// When to ask the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// Only what the state directory does not know yet
+    Missing,
+    /// Resolve the reference and its runtime images anew
+    Always,
+}
+
+/// Network of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Net {
+    /// The host's
+    Host,
+    /// Its own, with loopback only
+    Private,
+}
+
+impl From<Net> for Network {
+    fn from(net: Net) -> Self {
+        match net {
+            Net::Host => Self::Host,
+            Net::Private => Self::Private,
+        }
+    }
+}
+
+impl Choice {
+    /// For the node.
+    pub fn choice(&self) -> node::Choice {
+        match (self.no_runtime_image, self.pin, &self.service) {
+            (true, ..) => node::Choice::Without,
+            (_, Some(digest), _) => node::Choice::Pinned(digest),
+            (_, _, Some(name)) => node::Choice::Service(name.clone()),
+            _ => node::Choice::Any,
+        }
+    }
+
+    /// For the node.
+    pub fn pull(&self) -> node::Pull {
+        match self.pull {
+            Pull::Missing => node::Pull::Missing,
+            Pull::Always => node::Pull::Always,
+        }
+    }
+}
+
+/// `90`, `90s`, `1500ms`, `2m`
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a time such as 60s"))?;
+    let millis = match &text[digits.len()..] {
+        "" | "s" => number.checked_mul(1000),
+        "ms" => Some(number),
+        "m" => number.checked_mul(60_000),
+        unit => return Err(format!("unknown unit {unit:?}: use ms, s or m")),
+    };
+    millis.map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(duration("5"), Ok(Duration::from_secs(5)));
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "s", "-1s", "1h", "99999999999999999m"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! `tdfs mount` and `tdfs umount`: the mount is served by a process of its own that ends with it.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+
+use anyhow::{Context as _, bail};
+use tokio::io::AsyncReadExt as _;
+
+use super::args::MountArgs;
+use super::print;
+use crate::node::{self, MountOptions, MountReport};
+
+/// Starts the server and waits until the mount is there.
+pub async fn mount(args: &MountArgs, json: bool) -> anyhow::Result<ExitCode> {
+    // The same arguments: the server parses them itself.
+    let program = std::env::current_exe().context("cannot find my own program")?;
+    let own = std::env::args_os().skip(1).map(|a| if a == "mount" { "serve-mount".into() } else { a });
+    let mut server = tokio::process::Command::new(program)
+        .args(own)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start the server of the mount")?;
+    let (mut report, mut messages) = (String::new(), String::new());
+    let (Some(mut stdout), Some(mut stderr)) = (server.stdout.take(), server.stderr.take()) else {
+        bail!("the server of the mount has no output");
+    };
+    // Both end when the server closes them: after the mount, or because it failed.
+    tokio::try_join!(stdout.read_to_string(&mut report), stderr.read_to_string(&mut messages))?;
+    if report.is_empty() {
+        let status = server.wait().await?;
+        let line = messages.lines().last().unwrap_or_default();
+        bail!("{}", if line.is_empty() { status.to_string() } else { line.replacen("tdfs: ", "", 1) });
+    }
+    eprint!("{messages}");
+    let report: MountReport = serde_json::from_str(&report).context("the server of the mount is confused")?;
+    let text = format!("{} mounted on {}", args.image, report.target.display());
+    print(json, &report, &text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The server.
+pub async fn serve(args: &MountArgs) -> anyhow::Result<ExitCode> {
+    // Not the terminal's: closing it must not end the mount. It fails only for a group leader, which needs none.
+    let _ = nix::unistd::setsid();
+    let state = args.common.state().await?;
+    let client = args.common.client(&args.image)?;
+    let options =
+        MountOptions { choice: args.choice.choice(), pull: args.choice.pull(), target: args.target.clone() };
+    let server = node::mount(&state, &args.image, &options, &client, &|_, _| {}).await?;
+    print(true, &server.report, "")?;
+    detach()?;
+    server.serve().await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Unmounts and waits until the server has cleaned up.
+pub async fn umount(target: &Path, state: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let target: PathBuf = target.canonicalize().with_context(|| format!("{}", target.display()))?;
+    node::umount(state, &target).await?;
+    print(json, &serde_json::json!({ "target": target }), &format!("{} unmounted", target.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Closes standard output and error for whoever reads them.
+fn detach() -> anyhow::Result<()> {
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    Ok(())
+}

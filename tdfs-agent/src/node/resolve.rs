@@ -1,0 +1,176 @@
+//! From a reference to an image and its runtime image.
+//!
+//! What a registry said is remembered in `resolved/`, an OCI layout with manifests and configurations only: images
+//! under the hash of their reference, runtime images under the hash of image and choice. With [`Pull::Missing`] a
+//! second start therefore asks nobody. Metadata blobs are remembered by [`pack::load`]. All of it is checked against
+//! its digest when it is read, so a damaged memory costs requests, not correctness.
+
+use bytes::Bytes;
+use tdfs_common::digest::Digest;
+use tokio::task::JoinHandle;
+
+use super::{NodeError, State};
+use crate::oci::{ClientOptions, Image, Location, MANIFEST_TYPE, OciError, Reference, Requests, Store};
+use crate::pack::{self, LoadedRuntimeImage, PackError};
+
+/// Which runtime image a start uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The only one there is; none if there is none.
+    Any,
+    /// That of this service.
+    Service(String),
+    /// This artifact manifest.
+    Pinned(Digest),
+    /// None: every page comes from the layers.
+    Without,
+}
+
+/// When to ask the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pull {
+    /// Only for what is not known here.
+    Missing,
+    /// Always.
+    Always,
+}
+
+/// An image, and where its bytes are.
+pub struct Resolved {
+    /// The image.
+    pub image: Image,
+    /// Its runtime image, if one is used.
+    pub runtime: Option<LoadedRuntimeImage>,
+    /// The registry or layout that the reference names.
+    pub store: Store,
+    remembering: Option<JoinHandle<Result<(), OciError>>>,
+}
+
+/// Resolves `reference` and the runtime image `choice` names.
+pub async fn resolve(
+    state: &State,
+    reference: &Reference,
+    choice: &Choice,
+    pull: Pull,
+    options: &ClientOptions,
+) -> Result<Resolved, NodeError> {
+    let store = Store::open(reference, options)?;
+    if matches!(reference.location(), Location::Layout(_)) {
+        let image = store.resolve(reference).await?;
+        let runtime = load(state, &store, &image, choice).await?;
+        return Ok(Resolved { image, runtime, store, remembering: None });
+    }
+    let memory = Memory::open(state, options)?;
+    if pull == Pull::Missing
+        && let Some((image, runtime)) = memory.recall(state, reference, choice).await
+    {
+        return Ok(Resolved { image, runtime, store, remembering: None });
+    }
+    let image = store.resolve(reference).await?;
+    let runtime = load(state, &store, &image, choice).await?;
+    // Nobody waits for the disk: a start that is not remembered costs the next one some requests.
+    let artifact = runtime.as_ref().map(|r| r.artifact.clone());
+    let (reference, choice, known) = (reference.clone(), choice.clone(), image.clone());
+    let remembering = tokio::spawn(async move { memory.keep(&reference, &choice, &known, artifact).await });
+    Ok(Resolved { image, runtime, store, remembering: Some(remembering) })
+}
+
+async fn load(
+    state: &State,
+    store: &Store,
+    image: &Image,
+    choice: &Choice,
+) -> Result<Option<LoadedRuntimeImage>, NodeError> {
+    let wanted = match choice {
+        Choice::Without => return Ok(None),
+        Choice::Any => pack::Choice::Only,
+        Choice::Service(name) => pack::Choice::Service(name),
+        Choice::Pinned(digest) => pack::Choice::Pinned(*digest),
+    };
+    match pack::load(store, state.root(), image, wanted).await {
+        Err(PackError::NoRuntimeImage { .. }) if *choice == Choice::Any => Ok(None),
+        loaded => Ok(Some(loaded?)),
+    }
+}
+
+/// The layout `resolved/`.
+struct Memory {
+    store: Store,
+    reference: Reference,
+    platform: String,
+}
+
+impl Memory {
+    fn open(state: &State, options: &ClientOptions) -> Result<Self, NodeError> {
+        let reference = Reference::layout(state.resolved());
+        let store = Store::open(&reference, options)?;
+        Ok(Self { store, reference, platform: options.platform.to_string() })
+    }
+
+    /// What is known; `None` where anything is missing or damaged, which the registry then tells anew.
+    async fn recall(
+        &self,
+        state: &State,
+        reference: &Reference,
+        choice: &Choice,
+    ) -> Option<(Image, Option<LoadedRuntimeImage>)> {
+        let known = self.reference.with_tag(&self.image_tag(reference)).ok()?;
+        let image = self.store.resolve(&known).await.ok()?;
+        if *choice == Choice::Without {
+            return Some((image, None));
+        }
+        let artifact = self.store.tag_digest(&runtime_tag(&image, choice)).await.ok()??;
+        if artifact == image.digest {
+            // It was looked for and not there.
+            return Some((image, None));
+        }
+        let pinned = pack::Choice::Pinned(artifact);
+        let runtime = pack::load(&self.store, state.root(), &image, pinned).await.ok()?;
+        Some((image, Some(runtime)))
+    }
+
+    async fn keep(
+        &self,
+        reference: &Reference,
+        choice: &Choice,
+        image: &Image,
+        artifact: Option<Bytes>,
+    ) -> Result<(), OciError> {
+        self.store.push_blob(image.config.clone(), &image.config_descriptor.digest).await?;
+        let tag = self.image_tag(reference);
+        self.store.push_manifest(&image.media_type, image.manifest.clone(), Some(&tag)).await?;
+        if *choice == Choice::Without {
+            return Ok(());
+        }
+        let (media_type, bytes) = match artifact {
+            Some(artifact) => (MANIFEST_TYPE, artifact),
+            None => (image.media_type.as_str(), image.manifest.clone()),
+        };
+        self.store.push_manifest(media_type, bytes, Some(&runtime_tag(image, choice))).await?;
+        Ok(())
+    }
+
+    fn image_tag(&self, reference: &Reference) -> String {
+        Digest::of(format!("{} {reference}", self.platform).as_bytes()).hex()
+    }
+}
+
+fn runtime_tag(image: &Image, choice: &Choice) -> String {
+    Digest::of(format!("{} {choice:?}", image.digest).as_bytes()).hex()
+}
+
+impl Resolved {
+    /// Requests made for this start so far.
+    pub fn requests(&self) -> Requests {
+        self.store.requests()
+    }
+
+    /// Waits until the resolution is remembered.
+    pub async fn remembered(self) {
+        let Some(task) = self.remembering else { return };
+        let done = task.await.unwrap_or_else(|e| Err(OciError::Setup(e.to_string())));
+        if let Err(error) = done {
+            tracing::warn!("the image is not remembered: {error}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! The state directory: what a node keeps between starts.
+//!
+//! ```text
+//! resolved/   an OCI layout: manifests and configurations of the images started here (`resolve`)
+//! metadata/   metadata of their runtime images, by digest (`pack::load`)
+//! zones/      the runtime page cache, one zone per group (`rtpc`)
+//! layers/     uncompressed layers, sparse where only spans of them were read (`fetch::layers`)
+//! images/     trees and layer indexes of images that were pulled whole
+//! runs/ID/    one running container or mount: mounts, bundle, overlay; removed when it ends
+//! runc/       runc's own state
+//! ```
+//!
+//! Everything but `runs` and `runc` is a cache: any of it may be removed while nothing runs. A process that dies
+//! leaves its `runs/ID` behind, and the next command clears it away.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::NodeError;
+
+/// Paths below one state directory.
+#[derive(Clone, Debug)]
+pub struct State {
+    root: PathBuf,
+}
+
+impl State {
+    /// Creates the directory where it is missing.
+    pub fn open(root: &Path) -> Result<Self, NodeError> {
+        let err = |source: io::Error| NodeError::State { path: root.to_owned(), source };
+        fs::create_dir_all(root).map_err(err)?;
+        let root = root.canonicalize().map_err(err)?;
+        let state = Self { root };
+        fs::create_dir_all(state.runs()).map_err(err)?;
+        Ok(state)
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What registries said, an OCI layout.
+    pub fn resolved(&self) -> PathBuf {
+        self.root.join("resolved")
+    }
+
+    /// Directories of what runs.
+    pub fn runs(&self) -> PathBuf {
+        self.root.join("runs")
+    }
+
+    /// runc's `--root`.
+    pub fn runc(&self) -> PathBuf {
+        self.root.join("runc")
+    }
+
+    /// A name for a new run, unique on this machine.
+    pub fn new_run(&self) -> Result<(String, PathBuf), NodeError> {
+        let err = |source: io::Error| NodeError::State { path: self.runs(), source };
+        let dir = tempfile::Builder::new().prefix("tdfs-").tempdir_in(self.runs()).map_err(err)?.keep();
+        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok((name, dir))
+    }
+}
