@@ -126,8 +126,7 @@ impl Auth {
         let realm = challenge.parameter("realm").ok_or_else(|| bad("no realm"))?;
         let mut realm: Url = realm.parse().map_err(|_| bad("the realm is not an address"))?;
         match (url.scheme(), realm.scheme()) {
-            (_, "https") => {}
-            ("http", "http") => {}
+            (_, "https") | ("http", "http") => {}
             (_, "http") if is_loopback(&realm) => {}
             _ => return Err(bad("the realm is less secure than the registry")),
         }
@@ -226,6 +225,8 @@ fn parse_challenges(line: &str) -> Vec<Challenge> {
         let (head, rest) = item.split_once(char::is_whitespace).unwrap_or((item, ""));
         let parameter = if head.contains('=') {
             item
+        } else if !head.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+            continue;
         } else {
             challenges.push(Challenge { scheme: head.to_ascii_lowercase(), parameters: Vec::new() });
             rest.trim()
@@ -293,12 +294,12 @@ mod tests {
         #[test]
         fn any_challenge_parses(line in r#"[a-zA-Z=",\\ ]{0,60}"#) {
             for challenge in parse_challenges(&line) {
-                prop_assert!(!challenge.scheme.contains([',', '=']));
+                prop_assert!(challenge.scheme.bytes().all(|b| b.is_ascii_lowercase()));
             }
         }
 
         #[test]
-        fn quoted_values_survive(value in r#"[ -~]{0,30}"#) {
+        fn quoted_values_survive(value in r"[ -~]{0,30}") {
             let quoted = value.replace('\\', "\\\\").replace('"', "\\\"");
             let challenges = parse_challenges(&format!("Bearer a=\"{quoted}\", b=c"));
             prop_assert_eq!(challenges.len(), 1);

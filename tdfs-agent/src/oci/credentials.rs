@@ -350,7 +350,7 @@ mod tests {
             match (run_helper(&program, "r.io:5000").await, expected) {
                 (Ok(found), Ok(expected)) => assert_eq!(found, expected),
                 (Err(e), Err(part)) => {
-                    assert!(e.to_string().contains(part) && !e.to_string().contains("hush"), "{e}")
+                    assert!(e.to_string().contains(part) && !e.to_string().contains("hush"), "{e}");
                 }
                 (found, expected) => panic!("{found:?} instead of {expected:?}"),
             }

@@ -165,6 +165,7 @@ impl OciError {
         move |source| Self::Io { path, source }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "errors and literals are passed as they come")]
     pub(super) fn malformed(what: impl Into<String>, reason: impl ToString) -> Self {
         Self::Malformed { what: what.into(), reason: reason.to_string() }
     }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A broken upload starts again with the HEAD: the last PUT may have arrived. A manifest with a `subject` that the
-//! registry does not index (no `OCI-Subject` in its answer) is entered into the list at tag `sha256-<hex>`. There is
-//! no lock for that list, so it is read back until the entry is in it.
+//! registry does not index (no `OCI-Subject` in its answer) is entered into the list at tag `sha256-<hex>`. Nothing
+//! locks that list against other programs, so it is read back until the entry is in it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -113,6 +113,7 @@ impl Registry {
 
     /// Enters `referrer` into the list at the referrers tag of `subject`, leaving the other entries as they are.
     async fn list_referrer(&self, subject: &Digest, referrer: &Descriptor) -> Result<(), OciError> {
+        let _listing = self.listing.lock().await;
         let tag = referrers_tag(subject);
         for _ in 0..LIST_ATTEMPTS {
             let mut list = match self.tagged(&tag, self.attempts()).await {

@@ -74,6 +74,7 @@ impl Reference {
     }
 
     /// The same place, this digest.
+    #[must_use]
     pub fn with_digest(&self, digest: Digest) -> Self {
         Self { location: self.location.clone(), tag: None, digest: Some(digest) }
     }
@@ -293,7 +294,7 @@ mod tests {
 
     #[test]
     fn other_spellings_are_refused() {
-        let (long, tag) = ("a".repeat(250), "t".repeat(129));
+        let (long, tag) = ("a".repeat(251), "t".repeat(129));
         for text in [
             "",
             "/",
@@ -352,8 +353,8 @@ mod tests {
             content in proptest::option::of(any::<u8>()),
         ) {
             let mut text = format!("{host}/{repository}");
-            if let Some(tag) = &tag { text += &format!(":{tag}"); }
-            if let Some(content) = content { text += &format!("@{}", Digest::of(&[content])); }
+            if let Some(tag) = &tag { text.extend([":", tag]); }
+            if let Some(content) = content { text.extend(["@", &Digest::of(&[content]).to_string()]); }
             let parsed: Reference = text.parse().unwrap();
             prop_assert_eq!(parsed.location(), &Location::Registry { host, repository });
             prop_assert_eq!(parsed.digest().copied(), content.map(|c| Digest::of(&[c])));

@@ -35,6 +35,8 @@ use super::transport::{Answer, Kind, Outgoing, Transport, is_loopback, shown};
 use super::{ClientOptions, OciError};
 
 const REDIRECTS_MAX: usize = 8;
+/// Refusals of one request: without, with an expired and with a too narrow token.
+const CHALLENGES_MAX: usize = 3;
 /// Pages of a referrers list.
 const PAGES_MAX: usize = 256;
 /// The longest pause between attempts, also when the server asks for more.
@@ -49,6 +51,8 @@ pub(super) struct Registry {
     pub transport: Arc<Transport>,
     retries: u32,
     backoff: Duration,
+    /// Held while a list of referrers is changed.
+    pub listing: tokio::sync::Mutex<()>,
 }
 
 /// The repository at one address.
@@ -77,7 +81,8 @@ impl Registry {
         let mirrors = options.mirrors.get(host).into_iter().flatten();
         let mut endpoints = mirrors.map(|mirror| endpoint(mirror, None)).collect::<Result<Vec<_>, _>>()?;
         endpoints.push(endpoint(host, options.plain_http)?);
-        Ok(Self { endpoints, transport, retries: options.retries, backoff: options.backoff })
+        let (retries, backoff) = (options.retries, options.backoff);
+        Ok(Self { endpoints, transport, retries, backoff, listing: tokio::sync::Mutex::default() })
     }
 
     /// The registry itself, for writing and for what must be current.
@@ -202,7 +207,7 @@ impl<'a> Attempts<'a> {
         if matches!(error, OciError::Transport { .. } | OciError::Idle { .. }) {
             mirror.unreachable.store(true, Ordering::Relaxed);
         }
-        tracing::info!(mirror = %shown(&mirror.base), %error, "asking the next source");
+        tracing::debug!(mirror = %shown(&mirror.base), %error, "asking the next source");
         let later = &self.registry.endpoints[self.at + 1..];
         let up = later.iter().position(|e| !e.unreachable.load(Ordering::Relaxed));
         self.at += 1 + up.unwrap_or(later.len() - 1);
@@ -248,7 +253,8 @@ impl Endpoint {
             // Parsed anew: a port that is the default of one scheme is not that of the other.
             url = Url::parse(&format!("http://{base}")).map_err(|_| bad())?;
         }
-        let host = base.split_once("://").map_or(base, |(_, rest)| rest).trim_end_matches('/').to_owned();
+        let address = base.split_once("://").map_or(base, |(_, rest)| rest);
+        let host = address.split('/').next().unwrap_or(address).to_owned();
         if host == "docker.io" {
             url.set_host(Some("registry-1.docker.io")).map_err(|_| bad())?;
         }
@@ -265,6 +271,10 @@ impl Endpoint {
     /// The address of `path` in the repository.
     pub fn url(&self, path: &str) -> Result<Url, OciError> {
         self.base.join(path).map_err(|e| OciError::malformed(format!("path {path:?}"), e))
+    }
+
+    fn name(&self) -> String {
+        shown(&self.base).trim_end_matches('/').replacen("/v2/", "/", 1)
     }
 
     /// Whether credentials may go there.
@@ -286,23 +296,25 @@ impl Endpoint {
             let answer = self.transport.send(&request).await?;
             if answer.status() == StatusCode::UNAUTHORIZED && trusted {
                 challenges += 1;
-                let better = challenges <= 3
-                    && self
-                        .auth
-                        .challenged(&self.transport, &request.url, answer.headers(), used.as_ref())
-                        .await?;
-                if better {
+                let headers = answer.headers().clone();
+                // Reading the refusal to its end keeps the connection for the next attempt.
+                let refusal = answer.fail().await;
+                if challenges <= CHALLENGES_MAX
+                    && self.auth.challenged(&self.transport, &request.url, &headers, used.as_ref()).await?
+                {
                     continue;
                 }
-                return Err(self.auth.denied(answer.fail().await).await);
+                return Err(self.auth.denied(refusal).await);
             }
             let reads = request.method == Method::GET || request.method == Method::HEAD;
             let Some(target) = answer.header(LOCATION).filter(|_| answer.status().is_redirection() && reads)
             else {
                 return Ok(answer);
             };
-            let bad = |reason: &str| OciError::malformed(format!("redirect from {}", answer.url), reason);
+            let bad =
+                |reason: &str| OciError::malformed(format!("redirect from {}", shown(&request.url)), reason);
             let target = request.url.join(target).map_err(|_| bad("no address"))?;
+            answer.fail().await;
             redirects += 1;
             match (request.url.scheme(), target.scheme()) {
                 _ if redirects > REDIRECTS_MAX => return Err(bad("too many redirects")),
@@ -327,12 +339,11 @@ impl Endpoint {
         if expected.contains(&status) {
             return Ok(answer);
         }
+        let failure = answer.fail().await;
         match status {
-            StatusCode::NOT_FOUND => Err(OciError::NotFound(format!("{what} in {}", shown(&self.base)))),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Err(self.auth.denied(answer.fail().await).await)
-            }
-            _ => Err(answer.fail().await),
+            StatusCode::NOT_FOUND => Err(OciError::NotFound(format!("{what} in {}", self.name()))),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(self.auth.denied(failure).await),
+            _ => Err(failure),
         }
     }
 
