@@ -23,8 +23,6 @@ pub struct Options {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Be a mirror of the registry at this address.
     pub proxy: Option<String>,
-    /// Serve, and keep, this directory.
-    pub root: Option<PathBuf>,
 }
 
 /// The running registry; killed on drop.
@@ -44,7 +42,7 @@ impl Registry {
     /// Starts a registry and waits until it listens.
     pub fn start(options: &Options) -> Result<Self> {
         let dir = TempDir::new()?;
-        let root = options.root.clone().unwrap_or_else(|| dir.path().join("storage"));
+        let root = dir.path().join("storage");
         let mut config = format!(
             "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: 127.0.0.1:0\n",
             root.display()

@@ -21,7 +21,7 @@ use url::form_urlencoded::Serializer;
 
 use super::OciError;
 use super::credentials::{Credentials, Secret};
-use super::transport::{Kind, Outgoing, Transport, is_loopback};
+use super::transport::{Kind, Outgoing, Transport, is_as_secure};
 
 /// Bytes of a token endpoint's answer.
 const TOKEN_MAX: u64 = 1 << 20;
@@ -125,10 +125,8 @@ impl Auth {
         let bad = |reason: &str| OciError::malformed(format!("challenge of {}", self.host), reason);
         let realm = challenge.parameter("realm").ok_or_else(|| bad("no realm"))?;
         let mut realm: Url = realm.parse().map_err(|_| bad("the realm is not an address"))?;
-        match (url.scheme(), realm.scheme()) {
-            (_, "https") | ("http", "http") => {}
-            (_, "http") if is_loopback(&realm) => {}
-            _ => return Err(bad("the realm is less secure than the registry")),
+        if !is_as_secure(url, &realm) {
+            return Err(bad("the realm is less secure than the registry"));
         }
         let own_scope = format!("repository:{}:pull", self.repository);
         let scope = challenge.parameter("scope").unwrap_or(&own_scope);

@@ -24,7 +24,7 @@ use url::Url;
 use super::layout::referrers_tag;
 use super::manifest::{Descriptor, Document, INDEX_TYPE};
 use super::registry::{Registry, pause};
-use super::transport::{Answer, Kind, Outgoing};
+use super::transport::{Answer, Kind, Outgoing, is_as_secure};
 use super::{BlobSource, OciError, blocking};
 
 /// Bytes of a blob sent at once; larger blobs go in pieces of this.
@@ -166,10 +166,10 @@ fn octets() -> (HeaderName, String) {
 fn location(answer: &Answer, asked: &Url) -> Result<Url, OciError> {
     let bad = || OciError::malformed(&*answer.url, "an upload without a place to go");
     let target = asked.join(answer.header(LOCATION).ok_or_else(bad)?).map_err(|_| bad())?;
-    match (asked.scheme(), target.scheme()) {
-        (_, "https") | ("http", "http") => Ok(target),
-        _ => Err(OciError::malformed(&*answer.url, "an upload that leads from TLS elsewhere")),
+    if !is_as_secure(asked, &target) {
+        return Err(OciError::malformed(&*answer.url, "an upload that leads to something less secure"));
     }
+    Ok(target)
 }
 
 async fn read_piece(source: &BlobSource, offset: u64, len: u64) -> Result<Bytes, OciError> {

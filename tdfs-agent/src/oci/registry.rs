@@ -31,7 +31,7 @@ use super::layout::referrers_tag;
 use super::manifest::{
     DESCRIPTORS_MAX, Descriptor, Document, INDEX_TYPE, Index, MANIFEST_MAX, MANIFEST_TYPES, limit,
 };
-use super::transport::{Answer, Kind, Outgoing, Transport, is_loopback, shown};
+use super::transport::{Answer, Kind, Outgoing, Transport, is_as_secure, is_loopback, shown};
 use super::{ClientOptions, OciError};
 
 const REDIRECTS_MAX: usize = 8;
@@ -316,11 +316,11 @@ impl Endpoint {
             let target = request.url.join(target).map_err(|_| bad("no address"))?;
             answer.fail().await;
             redirects += 1;
-            match (request.url.scheme(), target.scheme()) {
-                _ if redirects > REDIRECTS_MAX => return Err(bad("too many redirects")),
-                (_, "https") | ("http", "http") => {}
-                ("https", "http") => return Err(bad("leads from TLS to plain HTTP")),
-                _ => return Err(bad("leads to another protocol")),
+            if redirects > REDIRECTS_MAX {
+                return Err(bad("too many redirects"));
+            }
+            if !is_as_secure(&request.url, &target) {
+                return Err(bad("leads to something less secure"));
             }
             // Who was once sent elsewhere could be sent back to a place of the other host's choice.
             trusted = trusted && self.is_ours(&target);

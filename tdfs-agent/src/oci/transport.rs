@@ -280,11 +280,58 @@ pub(super) fn shown(url: &Url) -> String {
     url.into()
 }
 
+/// Whether a server at `from` may send us to `to`: nobody leads from TLS to something that others can read.
+pub(super) fn is_as_secure(from: &Url, to: &Url) -> bool {
+    matches!((from.scheme(), to.scheme()), (_, "https") | ("http", "http"))
+}
+
 pub(super) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
         Some(Host::Ipv4(address)) => address.is_loopback(),
         Some(Host::Ipv6(address)) => address.is_loopback(),
         None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn security_is_never_lost() {
+        let allowed = |from: &str, to: &str| is_as_secure(&from.parse().unwrap(), &to.parse().unwrap());
+        assert!(
+            allowed("https://a", "https://b")
+                && allowed("http://a", "https://b")
+                && allowed("http://a", "http://b")
+        );
+        assert!(!allowed("https://a", "http://b") && !allowed("https://a", "http://a"));
+        assert!(!allowed("http://a", "file:///x") && !allowed("https://a", "ftp://a"));
+    }
+
+    #[test]
+    fn addresses_are_shown_without_secrets() {
+        assert_eq!(shown(&"https://u:p@r.io:5/x?sig=hush#f".parse().unwrap()), "https://r.io:5/x");
+    }
+
+    #[test]
+    fn servers_messages_are_one_short_line() {
+        assert_eq!(message(br#"{"errors":[{"code":"A","message":"b\nc"}]}"#).as_deref(), Some("A b c"));
+        assert_eq!(message(br#"{"details":"incorrect password"}"#).as_deref(), Some("incorrect password"));
+        assert_eq!(message(b"plain \x1b[31m text").as_deref(), Some("plain  [31m text"));
+        assert_eq!(message(b"<html>..."), None);
+        assert_eq!(message(b""), None);
+        assert_eq!(message(&[b'x'; 1000]).map(|m| m.len()), Some(MESSAGE_SHOWN));
+    }
+
+    #[test]
+    fn loopback_hosts() {
+        for host in ["localhost", "127.0.0.1", "127.1.2.3", "[::1]", "a.localhost"] {
+            assert!(is_loopback(&format!("http://{host}:5000").parse().unwrap()), "{host}");
+        }
+        for host in ["localhost.example.com", "128.0.0.1", "[::2]", "10.0.0.1"] {
+            assert!(!is_loopback(&format!("http://{host}:5000").parse().unwrap()), "{host}");
+        }
     }
 }

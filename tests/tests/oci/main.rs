@@ -1,5 +1,9 @@
 //! The registry client and OCI layouts against docker-registry and skopeo.
 
+mod access;
+mod hostile;
+mod server;
+
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +16,7 @@ use futures_util::StreamExt;
 use serde_json::json;
 use tdfs_agent::oci::{
     ByteStream, CONFIG_TYPE, ClientOptions, Descriptor, EMPTY_TYPE, INDEX_TYPE, Image, MANIFEST_TYPE,
-    OciError, REF_NAME, Reference, Store,
+    OciError, REF_NAME, Reference, Requests, Store,
 };
 use tdfs_common::digest::Digest;
 use tdfs_tests::registry::{Options, Registry};
