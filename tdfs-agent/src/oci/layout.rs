@@ -402,3 +402,234 @@ fn is_referrers_tag(tag: &str) -> bool {
     tag.strip_prefix("sha256-")
         .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::oci::{CONFIG_TYPE, MANIFEST_TYPE};
+
+    fn layout() -> (tempfile::TempDir, Layout) {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&dir.path().join("l"));
+        (dir, layout)
+    }
+
+    fn put(
+        layout: &Layout,
+        media_type: &str,
+        value: &Value,
+        tag: Option<&str>,
+    ) -> Result<Descriptor, OciError> {
+        let bytes = Bytes::from(value.to_string());
+        let (_, document) = Document::parse("test", Some(media_type), &bytes)?;
+        layout.put_manifest(media_type, &document, &bytes, tag)
+    }
+
+    /// An image, or with `more` fields something else; `name` makes it unlike others.
+    fn manifest(name: &str, more: Value) -> Value {
+        let mut manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": Descriptor::of(CONFIG_TYPE, name.as_bytes()),
+            "layers": []
+        });
+        if let (Some(manifest), Value::Object(more)) = (manifest.as_object_mut(), more) {
+            manifest.extend(more);
+        }
+        manifest
+    }
+
+    fn find(layout: &Layout, tag: Option<&str>) -> Result<Digest, String> {
+        let mut reference = Reference::layout(&layout.dir);
+        if let Some(tag) = tag {
+            reference = reference.with_tag(tag).unwrap();
+        }
+        let wanted = "linux/amd64".parse().unwrap();
+        layout.find(&reference, &wanted).map(|d| d.digest).map_err(|e| e.to_string())
+    }
+
+    fn edit_index(layout: &Layout, edit: impl FnOnce(&mut Vec<Value>)) {
+        let mut index = layout.index_json().unwrap();
+        edit(index["manifests"].as_array_mut().unwrap());
+        fs::write(layout.dir.join(INDEX), index.to_string()).unwrap();
+    }
+
+    #[test]
+    fn only_image_is_found_among_artifacts_and_attestations() {
+        let (_dir, layout) = layout();
+        let image = put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), Some("v1")).unwrap();
+        let artifact =
+            put(&layout, MANIFEST_TYPE, &manifest("b", json!({ "artifactType": "x/y" })), None).unwrap();
+        let list = json!({ "schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [artifact] });
+        put(&layout, INDEX_TYPE, &list, Some(&referrers_tag(&image.digest))).unwrap();
+        put(&layout, MANIFEST_TYPE, &manifest("c", json!({})), None).unwrap();
+        edit_index(&layout, |entries| {
+            // As a program writes them that knows nothing of artifacts.
+            entries[1].as_object_mut().unwrap().remove("artifactType");
+            entries[3]["platform"] = json!({ "os": "unknown", "architecture": "unknown" });
+        });
+        assert_eq!(find(&layout, None), Ok(image.digest));
+        // Two tags of one image are no choice to make.
+        put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), Some("v2")).unwrap();
+        assert_eq!(find(&layout, None), Ok(image.digest));
+        assert_eq!(find(&layout, Some("v2")), Ok(image.digest));
+        put(&layout, MANIFEST_TYPE, &manifest("d", json!({})), None).unwrap();
+        let error = find(&layout, None).unwrap_err();
+        assert!(error.contains("holds 2 images, name one: v1, sha256:"), "{error}");
+        assert!(find(&layout, Some("v3")).unwrap_err().ends_with("l:v3 not found"));
+    }
+
+    #[test]
+    fn platform_decides_between_entries_of_one_tag() {
+        let (_dir, layout) = layout();
+        let arm = put(&layout, MANIFEST_TYPE, &manifest("arm", json!({})), Some("v1")).unwrap();
+        let amd = put(&layout, MANIFEST_TYPE, &manifest("amd", json!({})), Some("v2")).unwrap();
+        edit_index(&layout, |entries| {
+            entries[1]["annotations"][REF_NAME] = json!("v1");
+            entries[0]["platform"] = json!({ "os": "linux", "architecture": "arm64" });
+            entries[1]["platform"] = json!({ "os": "linux", "architecture": "amd64" });
+        });
+        assert_ne!(arm.digest, amd.digest);
+        assert_eq!(find(&layout, Some("v1")), Ok(amd.digest));
+        assert_eq!(find(&layout, None), Ok(amd.digest));
+        edit_index(&layout, |entries| entries.truncate(1));
+        assert_eq!(find(&layout, Some("v1")), Ok(arm.digest), "a single entry is taken as it is");
+    }
+
+    #[test]
+    fn entries_of_others_keep_their_fields() {
+        let (_dir, layout) = layout();
+        put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), Some("v1")).unwrap();
+        edit_index(&layout, |entries| {
+            entries[0]["urls"] = json!(["https://example.com"]);
+            entries
+                .push(json!({ "mediaType": "x/y", "digest": Digest::of(b"z"), "size": 1, "data": "eg==" }));
+        });
+        put(&layout, MANIFEST_TYPE, &manifest("b", json!({})), Some("v2")).unwrap();
+        let entries = layout.index_json().unwrap()["manifests"].clone();
+        assert_eq!(entries[0]["urls"][0], "https://example.com");
+        assert_eq!(entries[1]["data"], "eg==");
+        assert_eq!(layout.entries().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn tag_of_a_document_does_not_tag_its_entry() {
+        let (_dir, layout) = layout();
+        let image = put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), Some("v1")).unwrap();
+        let thief =
+            json!({ "artifactType": "x/y", "annotations": { REF_NAME: "v1", "k": "v" }, "subject": image });
+        put(&layout, MANIFEST_TYPE, &manifest("b", thief), None).unwrap();
+        assert_eq!(layout.tag_digest("v1").unwrap(), Some(image.digest));
+        let found = layout.referrers(&image.digest).unwrap();
+        assert_eq!((found.len(), found[0].annotations["k"].as_str()), (1, "v"));
+    }
+
+    #[test]
+    fn referrers_are_found_through_a_copied_list() {
+        let (_dir, layout) = layout();
+        let subject = Descriptor::of(MANIFEST_TYPE, b"subject");
+        let referring = manifest("a", json!({ "artifactType": "x/y", "subject": subject }));
+        let artifact = put(&layout, MANIFEST_TYPE, &referring, None).unwrap();
+        let gone = Descriptor::of(MANIFEST_TYPE, b"not copied");
+        let list = json!({ "schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [artifact, gone] });
+        put(&layout, INDEX_TYPE, &list, Some(&referrers_tag(&subject.digest))).unwrap();
+        edit_index(&layout, |entries| drop(entries.remove(0)));
+        assert_eq!(layout.referrers(&subject.digest).unwrap(), [artifact]);
+        assert_eq!(layout.referrers(&gone.digest).unwrap(), []);
+    }
+
+    #[test]
+    fn foreign_directories_are_left_alone() {
+        let (_dir, layout) = layout();
+        fs::create_dir_all(&layout.dir).unwrap();
+        fs::write(layout.dir.join("precious"), "x").unwrap();
+        let bytes = BlobSource::Bytes(Bytes::from("x"));
+        let error = layout.put(&bytes, &Digest::of(b"x")).unwrap_err().to_string();
+        assert!(error.contains("neither empty nor an OCI layout"), "{error}");
+        assert_eq!(fs::read_dir(&layout.dir).unwrap().count(), 1);
+        for (marker, ok) in
+            [("", true), (r#"{"imageLayoutVersion":"2.0"}"#, false), ("{}", false), ("nonsense", false)]
+        {
+            fs::write(layout.dir.join(MARKER), marker).unwrap();
+            let written = put(&layout, MANIFEST_TYPE, &manifest(marker, json!({})), None);
+            assert_eq!(written.is_ok(), ok, "{marker}");
+            assert_eq!(layout.entries().is_ok(), ok, "{marker}");
+        }
+    }
+
+    #[test]
+    fn wrong_content_never_gets_a_name() {
+        let (_dir, layout) = layout();
+        let digest = Digest::of(b"right");
+        for source in [BlobSource::Bytes(Bytes::from("wrong")), BlobSource::File("/nonexistent".into())] {
+            assert!(layout.put(&source, &digest).is_err());
+        }
+        assert_eq!(layout.size(&digest).unwrap(), None);
+        assert!(layout.read(&digest, 100).unwrap_err().is_not_found());
+        layout.put(&BlobSource::Bytes(Bytes::from("right")), &digest).unwrap();
+        assert_eq!(layout.read(&digest, 100).unwrap(), "right");
+        assert!(matches!(layout.read(&digest, 4), Err(OciError::TooLarge { .. })));
+        fs::write(layout.blob_path(&digest), "wrong").unwrap();
+        assert!(matches!(layout.read(&digest, 100), Err(OciError::Digest { .. })));
+        // A truncated blob is written again.
+        fs::write(layout.blob_path(&digest), "rig").unwrap();
+        layout.put(&BlobSource::Bytes(Bytes::from("right")), &digest).unwrap();
+        assert_eq!(layout.read(&digest, 100).unwrap(), "right");
+    }
+
+    #[test]
+    fn hostile_layouts_are_errors() {
+        let (_dir, layout) = layout();
+        let image = put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), Some("v1")).unwrap();
+        let index = layout.dir.join(INDEX);
+        let good = fs::read(&index).unwrap();
+        for text in [
+            "",
+            "null",
+            "[]",
+            "7",
+            r#"{"schemaVersion":2,"manifests":{}}"#,
+            &"[".repeat(100_000),
+            &" ".repeat(5 << 20),
+        ] {
+            fs::write(&index, text).unwrap();
+            let shown = &text[..text.len().min(50)];
+            assert!(find(&layout, None).is_err(), "{shown}");
+            assert!(put(&layout, MANIFEST_TYPE, &manifest("b", json!({})), None).is_err(), "{shown}");
+        }
+        fs::write(&index, good).unwrap();
+        // A FIFO that nobody writes to, and a link to itself.
+        let blob = layout.blob_path(&image.digest);
+        fs::remove_file(&blob).unwrap();
+        nix::unistd::mkfifo(&blob, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(layout.read(&image.digest, 100).is_err() && layout.open(&image.digest).is_err());
+        fs::remove_file(&blob).unwrap();
+        std::os::unix::fs::symlink(&blob, &blob).unwrap();
+        assert!(layout.read(&image.digest, 100).is_err() && layout.size(&image.digest).is_err());
+    }
+
+    #[test]
+    fn concurrent_writers_lose_nothing() {
+        let (_dir, layout) = layout();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let layout = Layout::new(&layout.dir);
+                scope.spawn(move || {
+                    for n in 0..8 {
+                        let name = format!("{thread}-{n}");
+                        put(&layout, MANIFEST_TYPE, &manifest(&name, json!({})), Some(&name)).unwrap();
+                    }
+                });
+            }
+        });
+        let tags: BTreeMap<_, _> = layout
+            .entries()
+            .unwrap()
+            .into_iter()
+            .map(|d| (d.annotations[REF_NAME].clone(), d.digest))
+            .collect();
+        assert_eq!(tags.len(), 64);
+        assert!(tags.values().all(|digest| layout.read(digest, 10_000).is_ok()));
+        assert_eq!(fs::read_dir(&layout.dir).unwrap().count(), 3);
+    }
+}

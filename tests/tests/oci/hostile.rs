@@ -76,24 +76,17 @@ async fn body_without_length_that_ends_early_is_resumed() {
     let blob = noise(1000, 1);
     let content = blob.clone();
     let server = Server::start(move |seen| {
-        let reply = Reply::blob(seen, &content).with("connection", "close");
+        let reply = Reply::blob(seen, &content);
         match seen.range() {
             // Neither a length nor chunks: the end of the connection is the end of the body.
-            None => reply.with("transfer-encoding", "identity").ending(400, End::Close),
+            None => reply.with("connection", "close").ending(400, End::Close),
             Some(_) => reply,
         }
     })
     .await;
-    let store = store(&server);
-    let got = match store.blob_stream(&Descriptor::of(LAYER_TYPE, &blob)).await {
-        Ok(stream) => collect(stream).await,
-        Err(e) => Err(e),
-    };
-    // The HTTP library may refuse such an answer altogether; it must not pass for the whole blob.
-    match got {
-        Ok(bytes) => assert_eq!(bytes, blob),
-        Err(e) => assert!(matches!(e, OciError::Transport { .. }), "{e}"),
-    }
+    let stream = store(&server).blob_stream(&Descriptor::of(LAYER_TYPE, &blob)).await.unwrap();
+    assert_eq!(collect(stream).await.unwrap(), blob);
+    assert_eq!(starts(&server), [None, Some(400)]);
 }
 
 #[tokio::test]
@@ -484,12 +477,12 @@ async fn refusals_name_the_reason() {
     assert!(error.contains("DENIED go away"), "{error}");
     // A token endpoint that refuses, and tokens that never satisfy.
     for (status, body) in [(401, "{}"), (200, "{}"), (200, "secret"), (200, r#"{"token":"useless"}"#)] {
-        let server = Server::start(move |seen| match seen.path.starts_with("/token") {
-            true => Reply::new(status, body),
-            false => Reply::new(401, "").with(
-                "www-authenticate",
-                format!("Bearer realm=\"http://{}/token\"", seen.header("host").unwrap()),
-            ),
+        let server = Server::start(move |seen| {
+            if seen.path.starts_with("/token") {
+                return Reply::new(status, body);
+            }
+            let realm = format!("http://{}/token", seen.header("host").unwrap());
+            Reply::new(401, "").with("www-authenticate", format!("Bearer realm=\"{realm}\""))
         })
         .await;
         let (reference, store) = open(&server.image("a/b:v1"), &none);
@@ -512,12 +505,13 @@ async fn referrers_are_listed_over_pages_and_filtered() {
     let subject = Digest::of(b"subject");
     let server = Server::start(|seen| {
         assert!(seen.path.starts_with("/v2/a/b/referrers/sha256:"), "{}", seen.path);
-        match seen.path.contains("page=2") {
-            false => Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE), referrer("2", "other/type")]))
-                .with("link", format!("<{}&page=2>; rel=\"next\"", seen.path)),
+        if seen.path.contains("page=2") {
             // What leads elsewhere is not followed.
-            true => Reply::new(200, list(&[referrer("3", ARTIFACT_TYPE), referrer("1", ARTIFACT_TYPE)]))
-                .with("link", "<http://127.0.0.1:1/x>; rel=\"next\""),
+            Reply::new(200, list(&[referrer("3", ARTIFACT_TYPE), referrer("1", ARTIFACT_TYPE)]))
+                .with("link", "<http://127.0.0.1:1/x>; rel=\"next\"")
+        } else {
+            Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE), referrer("2", "other/type")]))
+                .with("link", format!("<{}&page=2>; rel=\"next\"", seen.path))
         }
     })
     .await;
@@ -542,9 +536,12 @@ async fn referrers_fall_back_to_the_tag() {
         (200, "<html>", "text/html; charset=utf-8"),
     ] {
         let tag = tag.clone();
-        let server = Server::start(move |seen| match seen.path == tag {
-            true => Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE), referrer("2", "other/type")])),
-            false => Reply::new(status, body).with("content-type", media_type),
+        let server = Server::start(move |seen| {
+            if seen.path == tag {
+                Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE), referrer("2", "other/type")]))
+            } else {
+                Reply::new(status, body).with("content-type", media_type)
+            }
         })
         .await;
         let found = store(&server).referrers(&subject, Some(ARTIFACT_TYPE)).await.unwrap();
@@ -615,9 +612,12 @@ async fn mirrors_come_first_and_the_registry_last() {
     };
     let lying = Server::start(move |seen| Reply::blob(seen, &wrong)).await;
     let empty = Server::start(|_| Reply::new(404, "")).await;
-    let origin = Server::start(move |seen| match seen.path.contains("blobs") {
-        true => Reply::blob(seen, &right),
-        false => Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE)])),
+    let origin = Server::start(move |seen| {
+        if seen.path.contains("blobs") {
+            Reply::blob(seen, &right)
+        } else {
+            Reply::new(200, list(&[referrer("1", ARTIFACT_TYPE)]))
+        }
     })
     .await;
     let mirrors = vec![dead.to_string(), format!("http://{}", lying.addr), empty.addr.to_string()];

@@ -1,4 +1,5 @@
 //! The registry client and OCI layouts against docker-registry and skopeo.
+#![expect(clippy::unwrap_used, reason = "a test ends at what it did not expect")]
 
 mod access;
 mod hostile;
@@ -175,6 +176,22 @@ async fn store_on_a_registry() -> Result<()> {
     skopeo(&["copy", "--quiet", "--src-tls-verify=false", &source, &copy]);
     let (reference, layout) = open(&copy, &ClientOptions::default());
     assert_eq!(layout.resolve(&reference).await?.digest, image.digest);
+
+    // The same in Docker's own media types.
+    let docker = format!("docker://{}", registry.image("team/app:docker"));
+    skopeo(&[
+        "copy",
+        "--quiet",
+        "--src-tls-verify=false",
+        "--dest-tls-verify=false",
+        "--format=v2s2",
+        &source,
+        &docker,
+    ]);
+    let (reference, store) = open(&registry.image("team/app:docker"), &ClientOptions::default());
+    let converted = store.resolve(&reference).await?;
+    assert_eq!(converted.media_type, "application/vnd.docker.distribution.manifest.v2+json");
+    assert_eq!(converted.diff_ids, image.diff_ids);
     Ok(())
 }
 
@@ -241,11 +258,12 @@ async fn images_are_copied_between_stores() -> Result<()> {
     let registry = Registry::start(&Options::default())?;
     let (reference, source) = open(&registry.image("from:v1"), &ClientOptions::default());
     // Larger than one upload piece.
-    let pushed = push_image(&source, &[noise((33 << 20) + 5, 1), noise(5, 2)], "amd64", Some("v1")).await?;
+    let pushed = push_image(&source, &[noise((17 << 20) + 5, 1), noise(5, 2)], "amd64", Some("v1")).await?;
     let image = source.resolve(&reference).await?;
     let dir = tempfile::tempdir()?;
     let (in_layout, layout) = open(&format!("oci:{}:v2", path(dir.path())), &ClientOptions::default());
-    source.copy_image(&image, &layout, Some("v2")).await?;
+    let (from, to, moved) = (source.clone(), layout.clone(), image.clone());
+    tokio::spawn(async move { from.copy_image(&moved, &to, Some("v2")).await }).await??;
     assert_eq!(layout.resolve(&in_layout).await?.digest, pushed.digest);
     let (back, target) = open(&registry.image("to:v3"), &ClientOptions::default());
     layout.copy_image(&image, &target, Some("v3")).await?;

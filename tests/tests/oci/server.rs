@@ -47,7 +47,7 @@ pub enum End {
 #[derive(Clone, Debug)]
 pub struct Reply {
     pub status: u16,
-    /// `content-length` is added unless there is one or a `transfer-encoding`.
+    /// `content-length` is added unless the body's end is told in another way.
     pub headers: Vec<(String, String)>,
     pub body: Bytes,
     /// Bytes of the body that are really sent.
@@ -61,6 +61,7 @@ impl Reply {
         Self { status, headers: Vec::new(), sent: body.len(), body, end: End::Regular }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "numbers and literals are passed as they come")]
     pub fn with(mut self, name: &str, value: impl ToString) -> Self {
         self.headers.push((name.to_owned(), value.to_string()));
         self
@@ -129,6 +130,7 @@ async fn serve(
     handler: &(impl Fn(&Seen) -> Reply + Sync),
     log: &Mutex<Vec<Seen>>,
 ) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     loop {
@@ -151,7 +153,9 @@ async fn serve(
         let seen = Seen { method, path, headers, body: body.into() };
         log.lock().unwrap().push(seen.clone());
         let mut reply = handler(&seen);
-        let framed = |(name, _): &(String, String)| name == "content-length" || name == "transfer-encoding";
+        let framed = |(name, _): &(String, String)| {
+            matches!(&**name, "content-length" | "transfer-encoding" | "connection")
+        };
         if !reply.headers.iter().any(framed) {
             let len = reply.body.len();
             reply = reply.with("content-length", len);
