@@ -90,13 +90,17 @@ pub fn run(name: &str) -> Result<()> {
         let ours = starts.iter().map(|(report, _)| report[format!("{stage}_ms")].as_f64());
         table.row(&format!("{stage}, ms"), std::iter::once(full).chain(ours).map(milliseconds));
     }
+    for name in ["pages_needed", "cold_pages"] {
+        let ours = starts.iter().map(|(report, _)| report[name].to_string());
+        table.row(&name.replace('_', " "), std::iter::once("–".to_owned()).chain(ours));
+    }
     let traffic: Vec<Traffic> = std::iter::once(full_traffic).chain(starts.iter().map(|(_, t)| *t)).collect();
     table.row("downloaded, MB", traffic.iter().map(|traffic| megabytes(traffic.bytes as f64)));
     table.row("requests", traffic.iter().map(|traffic| traffic.requests.to_string()));
     println!("\n{table}");
     println!(
         "containerd's fetch is resolve, download and unpack. Stages of tdfs overlap, so they may add up to more than \
-         the total.\nBytes and requests are counted by the registry, which is on this machine: no network slows the \
+         the total.\nCold pages are those outside the runtime image that were read before ready. Bytes and requests are counted by the registry, which is on this machine: no network slows the \
          download down."
     );
     Ok(())
