@@ -121,7 +121,8 @@ impl Format for LayerIndex {
         ok(self.layers.len() <= LAYERS_MAX, "too many layers")?;
         let windows_size = self.windows.map_or(0, |(_, size)| size);
         for layer in &self.layers {
-            ok(layer.size <= i64::MAX as u64 && layer.blob_size <= i64::MAX as u64, "layer size overflows")?;
+            let fits = |bytes: u64| i64::try_from(bytes).is_ok();
+            ok(fits(layer.size) && fits(layer.blob_size), "layer size overflows")?;
             ok(layer.spans.len() <= SPANS_MAX, "too many spans")?;
             if let Some(first) = layer.spans.first() {
                 ok(first.out_offset == 0, "first span does not start at the start")?;
@@ -258,7 +259,9 @@ mod tests {
         fn decoding_survives_flipped_bytes(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..4)) {
             let mut bad = bincode::encode_to_vec(index(gzip()), bincode::config::standard()).unwrap();
             let len = bad.len();
-            flips.iter().for_each(|(at, value)| bad[at % len] ^= value);
+            for (at, value) in &flips {
+                bad[at % len] ^= value;
+            }
             let mut bytes = encode(&index(gzip())).unwrap()[..20].to_vec();
             bytes.extend_from_slice(&(len as u32).to_le_bytes());
             bytes.extend(zstd::bulk::compress(&bad, 1).unwrap());

@@ -479,7 +479,9 @@ mod tests {
             let raw = bincode::encode_to_vec(sample(), bincode::config::standard()).unwrap();
             let mut bad = raw;
             let len = bad.len();
-            flips.iter().for_each(|(at, value)| bad[at % len] ^= value);
+            for (at, value) in &flips {
+                bad[at % len] ^= value;
+            }
             let mut bytes = encode(&sample()).unwrap()[..20].to_vec();
             bytes.extend_from_slice(&(len as u32).to_le_bytes());
             bytes.extend(zstd::bulk::compress(&bad, 1).unwrap());

@@ -83,6 +83,9 @@ pub enum FetchError {
         /// The blob.
         layer: Digest,
     },
+    /// Somebody else's fetch, which this reader waited for, failed.
+    #[error(transparent)]
+    Shared(Arc<FetchError>),
     /// Nobody asks for that who has a valid tree.
     #[error("layer {layer} has no {len} bytes at {offset}")]
     OutsideLayer {
@@ -118,6 +121,7 @@ impl FetchError {
             Self::Rtpc(e) => e.errno(),
             Self::Layer(e) => e.errno(),
             Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::Shared(e) => e.errno(),
             _ => libc::EIO,
         }
     }

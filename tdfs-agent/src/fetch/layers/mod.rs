@@ -11,22 +11,32 @@
 
 mod cache;
 mod pull;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt as _;
 use tdfs_common::digest::Digest;
 use tdfs_common::layer_index::LayerIndex;
+use tokio::sync::{OnceCell, Semaphore};
 
 use super::{FetchError, joined};
 use crate::oci::layer::read_span;
-use crate::oci::{Descriptor, Store};
+use crate::oci::{Descriptor, OciError, Store};
 use cache::LayerCache;
 pub use pull::{PulledImage, pull_image};
+
+/// Spans fetched and inflated at the same time; each takes some megabytes of memory.
+const SPANS_AT_ONCE: usize = 8;
+
+/// One fetch and everybody who waits for it.
+type Fetching = Arc<OnceCell<Result<(), Arc<FetchError>>>>;
 
 /// What was fetched from layers on demand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,8 +55,9 @@ pub struct ImageLayers {
     index: LayerIndex,
     windows: Option<Descriptor>,
     layers: Vec<Arc<LayerCache>>,
-    /// Held while a span is fetched.
-    busy: Mutex<HashMap<(u32, usize), Arc<tokio::sync::Mutex<()>>>>,
+    /// What is being fetched.
+    busy: Mutex<HashMap<(u32, usize), Fetching>>,
+    slots: Semaphore,
     spans: AtomicU64,
     requests: AtomicU64,
     bytes: AtomicU64,
@@ -63,9 +74,9 @@ impl ImageLayers {
     ) -> Result<Self, FetchError> {
         let layers = index.layers.iter().map(|l| LayerCache::open(state, l).map(Arc::new));
         let layers = layers.collect::<Result<_, _>>()?;
-        let busy = Mutex::default();
+        let (busy, slots) = (Mutex::default(), Semaphore::new(SPANS_AT_ONCE));
         let (spans, requests, bytes) = Default::default();
-        Ok(Self { store, index, windows, layers, busy, spans, requests, bytes })
+        Ok(Self { store, index, windows, layers, busy, slots, spans, requests, bytes })
     }
 
     /// What was fetched so far.
@@ -99,24 +110,42 @@ impl ImageLayers {
         joined(tokio::task::spawn_blocking(move || cache.read(offset, len))).await
     }
 
-    /// Makes a span (or, without spans, the layer) present.
+    /// Makes a span (or, without spans, the layer) present, or waits for whoever is at it.
     async fn bring(&self, layer: u32, unit: usize) -> Result<(), FetchError> {
-        let turn = Arc::clone(self.busy().entry((layer, unit)).or_default());
-        let guard = turn.lock().await;
-        let cache = Arc::clone(&self.layers[layer as usize]);
-        // Somebody else was first, or it is on disk from another boot or another index.
-        let known = joined(tokio::task::spawn_blocking(move || cache.recall(unit))).await?;
-        if !known {
-            let whole = self.index.layers[layer as usize].spans.is_empty();
-            if whole { self.bring_layer(layer).await? } else { self.bring_span(layer, unit).await? }
+        let key = (layer, unit);
+        let fetching = Arc::clone(self.busy().entry(key).or_default());
+        let found = || async { self.find(layer, unit).await.map_err(Arc::new) };
+        let outcome = fetching.get_or_init(found).await.clone();
+        let mut busy = self.busy();
+        // Whoever comes now starts afresh.
+        if busy.get(&key).is_some_and(|f| Arc::ptr_eq(f, &fetching)) {
+            busy.remove(&key);
         }
-        drop(guard);
-        self.busy().remove(&(layer, unit));
-        Ok(())
+        outcome.map_err(FetchError::Shared)
+    }
+
+    async fn find(&self, layer: u32, unit: usize) -> Result<(), FetchError> {
+        let cache = Arc::clone(&self.layers[layer as usize]);
+        // Somebody else was first, or it is on disk from another boot.
+        if joined(tokio::task::spawn_blocking(move || cache.recall(unit))).await? {
+            return Ok(());
+        }
+        if self.index.layers[layer as usize].spans.is_empty() {
+            return self.bring_layer(layer).await;
+        }
+        match self.bring_span(layer, unit).await {
+            Err(FetchError::Oci(error @ OciError::Range { .. })) => {
+                tracing::warn!("fetching a whole layer: {error}");
+                self.bring_layer(layer).await
+            }
+            other => other,
+        }
     }
 
     async fn bring_span(&self, layer: u32, unit: usize) -> Result<(), FetchError> {
         let known = &self.index.layers[layer as usize];
+        // Never closed.
+        let _slot = self.slots.acquire().await;
         let window = async {
             let Some(window) = known.spans[unit].window else { return Ok(None) };
             let blob = self.windows.as_ref().ok_or(FetchError::NoWindows { layer: known.blob })?;
@@ -137,22 +166,17 @@ impl ImageLayers {
     }
 
     async fn bring_layer(&self, layer: u32) -> Result<(), FetchError> {
-        let cache = &self.layers[layer as usize];
-        let known = cache.layer();
-        let blob = Descriptor::new("layer", known.blob, known.blob_size);
-        pull::uncompress_into(&self.store, &blob, known.compression, known.diff_id, cache).await?;
-        self.spans.fetch_add(1, Ordering::Relaxed);
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(known.blob_size, Ordering::Relaxed);
+        let cache = Arc::clone(&self.layers[layer as usize]);
+        let blob_size = cache.layer().blob_size;
+        if pull::bring_whole(&self.store, cache).await? {
+            self.spans.fetch_add(1, Ordering::Relaxed);
+            self.requests.fetch_add(1, Ordering::Relaxed);
+            self.bytes.fetch_add(blob_size, Ordering::Relaxed);
+        }
         Ok(())
     }
 
-    async fn range(
-        &self,
-        blob: &Digest,
-        size: u64,
-        range: std::ops::Range<u64>,
-    ) -> Result<Bytes, FetchError> {
+    async fn range(&self, blob: &Digest, size: u64, range: Range<u64>) -> Result<Bytes, FetchError> {
         let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
         let mut stream = self.store.blob_range(blob, size, range).await?;
         while let Some(piece) = stream.try_next().await? {
@@ -165,14 +189,16 @@ impl ImageLayers {
 
     fn commit_later(&self, layer: u32) {
         let cache = Arc::clone(&self.layers[layer as usize]);
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = cache.commit() {
-                tracing::warn!("fetched spans are not kept: {error}");
-            }
-        });
+        if cache.promise_commit() {
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = cache.commit() {
+                    tracing::warn!("fetched spans are not kept: {error}");
+                }
+            });
+        }
     }
 
-    fn busy(&self) -> std::sync::MutexGuard<'_, HashMap<(u32, usize), Arc<tokio::sync::Mutex<()>>>> {
+    fn busy(&self) -> MutexGuard<'_, HashMap<(u32, usize), Fetching>> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

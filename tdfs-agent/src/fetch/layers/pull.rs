@@ -24,7 +24,7 @@ use tdfs_common::tree::Tree;
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 
-use super::cache::{LayerCache, directory};
+use super::cache::{LayerCache, directory, temporary};
 use crate::fetch::{FetchError, Progress, joined};
 use crate::oci::layer::{IndexedLayer, LayerError, index_layer, merge, rebase_windows, uncompress};
 use crate::oci::{Descriptor, Image, OciError, Store};
@@ -72,65 +72,76 @@ async fn pull_layer(
     received: &impl Fn(u64),
 ) -> Result<IndexedLayer, FetchError> {
     let compression = compression(&blob.media_type)?;
-    let (known, named) = (state.to_owned(), blob.clone());
-    if let Some(layer) = joined(tokio::task::spawn_blocking(move || recall(&known, &named, &diff_id))).await?
-    {
+    // Of the layer to be: enough for its directory.
+    let layer =
+        Layer { blob: blob.digest, blob_size: blob.size, diff_id, size: 0, compression, spans: Vec::new() };
+    let state = state.to_owned();
+    let opened = tokio::task::spawn_blocking(move || {
+        let cache = LayerCache::open(&state, &layer)?;
+        let lock = cache.lock_whole()?;
+        let known = recall(&cache)?;
+        let (tar, windows) = (cache.temporary()?, cache.temporary()?);
+        Ok::<_, FetchError>((Arc::new(cache), lock, known, tar, windows))
+    });
+    let (cache, lock, known, tar, windows) = joined(opened).await?;
+    if let Some(known) = known {
         received(blob.size);
-        return Ok(layer);
+        return Ok(known);
     }
-    let dir = directory(state, &diff_id);
-    fs::create_dir_all(&dir).map_err(FetchError::at(&dir))?;
-    let temporary = || NamedTempFile::new_in(&dir).map_err(FetchError::at(&dir));
-    let (tar, windows) = (temporary()?, temporary()?);
-    let at = dir.clone();
+    let at = Arc::clone(&cache);
     let (indexed, tar, windows) = stream_into(store, blob, received, move |reader| {
         let mut tar_writer = BufWriter::with_capacity(1 << 20, tar);
         let mut windows_writer = BufWriter::new(windows);
         let indexed = index_layer(reader, compression, &mut tar_writer, &mut windows_writer)?;
-        let synced = |writer: BufWriter<NamedTempFile>| {
-            let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
-            file.as_file().sync_all()?;
-            Ok::<_, io::Error>(file)
-        };
-        let tar = synced(tar_writer).map_err(FetchError::at(&at))?;
-        let windows = synced(windows_writer).map_err(FetchError::at(&at))?;
-        Ok((indexed, tar, windows))
+        let (tar, windows) = (synced(tar_writer), synced(windows_writer));
+        let at = || FetchError::at(at.dir());
+        Ok((indexed, tar.map_err(at())?, windows.map_err(at())?))
     })
     .await?;
     check_diff_id(&indexed.layer, diff_id)?;
-    let (state, saved) = (state.to_owned(), indexed.clone());
     joined(tokio::task::spawn_blocking(move || {
-        let cache = LayerCache::open(&state, &saved.layer)?;
-        let path = cache.dir().join("windows");
+        let _lock = lock;
+        let path = beside(cache.dir(), &indexed.layer, "windows");
         windows.persist(&path).map_err(|e| FetchError::at(&path)(e.error))?;
-        save(&cache.dir().join("indexed"), &saved)?;
+        save(&beside(cache.dir(), &indexed.layer, "indexed"), &indexed)?;
+        cache.replace(tar)?;
+        Ok(indexed)
+    }))
+    .await
+}
+
+/// Fetches a whole layer unless somebody else did meanwhile; says whether it was fetched.
+pub(super) async fn bring_whole(store: &Store, cache: Arc<LayerCache>) -> Result<bool, FetchError> {
+    let at = Arc::clone(&cache);
+    let opened = tokio::task::spawn_blocking(move || {
+        let lock = at.lock_whole()?;
+        Ok::<_, FetchError>((lock, at.recall_whole()?, at.temporary()?))
+    });
+    let (lock, known, tar) = joined(opened).await?;
+    if known {
+        return Ok(false);
+    }
+    let blob = Descriptor::new("layer", cache.layer().blob, cache.layer().blob_size);
+    let (compression, at) = (cache.layer().compression, Arc::clone(&cache));
+    let (layer, tar) = stream_into(store, &blob, &|_| {}, move |reader| {
+        let mut writer = BufWriter::with_capacity(1 << 20, tar);
+        let layer = uncompress(reader, compression, &mut writer)?;
+        Ok((layer, synced(writer).map_err(FetchError::at(at.dir()))?))
+    })
+    .await?;
+    check_diff_id(&layer, cache.layer().diff_id)?;
+    joined(tokio::task::spawn_blocking(move || {
+        let _lock = lock;
         cache.replace(tar)
     }))
     .await?;
-    Ok(indexed)
+    Ok(true)
 }
 
-/// Fetches a layer that has no spans.
-pub(super) async fn uncompress_into(
-    store: &Store,
-    blob: &Descriptor,
-    compression: Compression,
-    diff_id: Digest,
-    cache: &Arc<LayerCache>,
-) -> Result<(), FetchError> {
-    let dir = cache.dir().to_owned();
-    let tar = NamedTempFile::new_in(&dir).map_err(FetchError::at(&dir))?;
-    let (layer, tar) = stream_into(store, blob, &|_| {}, move |reader| {
-        let mut writer = BufWriter::with_capacity(1 << 20, tar);
-        let layer = uncompress(reader, compression, &mut writer)?;
-        let tar = writer.into_inner().map_err(|e| FetchError::at(&dir)(e.into_error()))?;
-        tar.as_file().sync_all().map_err(FetchError::at(&dir))?;
-        Ok((layer, tar))
-    })
-    .await?;
-    check_diff_id(&layer, diff_id)?;
-    let cache = Arc::clone(cache);
-    joined(tokio::task::spawn_blocking(move || cache.replace(tar))).await
+fn synced(writer: BufWriter<NamedTempFile>) -> io::Result<NamedTempFile> {
+    let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.as_file().sync_all()?;
+    Ok(file)
 }
 
 fn check_diff_id(layer: &Layer, expected: Digest) -> Result<(), FetchError> {
@@ -203,19 +214,26 @@ impl Read for Pieces {
 }
 
 /// A layer that was pulled before, if all of it is still here.
-fn recall(state: &Path, blob: &Descriptor, diff_id: &Digest) -> Result<Option<IndexedLayer>, FetchError> {
-    let dir = directory(state, diff_id);
-    let Some(indexed) = load::<IndexedLayer>(&dir.join("indexed")) else { return Ok(None) };
-    let layer = &indexed.layer;
-    if (layer.blob, layer.blob_size, layer.diff_id) != (blob.digest, blob.size, *diff_id) {
+fn recall(cache: &LayerCache) -> Result<Option<IndexedLayer>, FetchError> {
+    let Some(indexed) = load::<IndexedLayer>(&beside(cache.dir(), cache.layer(), "indexed")) else {
+        return Ok(None);
+    };
+    let (layer, named) = (&indexed.layer, cache.layer());
+    if (layer.blob, layer.blob_size, layer.diff_id) != (named.blob, named.blob_size, named.diff_id) {
         return Ok(None);
     }
     let windows = layer.spans.iter().filter_map(|s| s.window).map(|w| w.offset + u64::from(w.len)).max();
-    if windows.unwrap_or(0) > fs::metadata(dir.join("windows")).map_or(0, |m| m.len()) {
+    let stored = fs::metadata(beside(cache.dir(), layer, "windows")).map_or(0, |m| m.len());
+    if windows.unwrap_or(0) > stored {
         return Ok(None);
     }
-    let here = LayerCache::open(state, layer)?.recall_whole()?;
+    let here = cache.recall_whole()?;
     Ok(here.then_some(indexed))
+}
+
+/// What is known of a layer's blob: other blobs may uncompress to the same layer.
+fn beside(dir: &Path, layer: &Layer, what: &str) -> PathBuf {
+    dir.join(format!("{}.{what}", layer.blob.hex()))
 }
 
 /// Merges the layers, or finds that done.
@@ -234,12 +252,12 @@ fn assemble(state: &Path, manifest: &Digest, layers: Vec<IndexedLayer>) -> Resul
         return Ok(PulledImage { tree, index, windows });
     }
     let tree = merge(&layers)?;
-    let mut file = NamedTempFile::new_in(&dir).map_err(FetchError::at(&dir))?;
+    let mut file = temporary(&dir).map_err(FetchError::at(&dir))?;
     let mut digest = DigestWriter::default();
     let mut size = 0;
     let mut index = LayerIndex { layers: Vec::new(), windows: None };
     for IndexedLayer { mut layer, .. } in layers {
-        let path = directory(state, &layer.diff_id).join("windows");
+        let path = beside(&directory(state, &layer.diff_id), &layer, "windows");
         let windows = fs::read(&path).map_err(FetchError::at(&path))?;
         rebase_windows(&mut layer, size);
         size += windows.len() as u64;
@@ -281,7 +299,7 @@ fn load<T: Format>(path: &Path) -> Option<T> {
 fn save<T: Format>(path: &Path, value: &T) -> Result<(), FetchError> {
     let at = || FetchError::at(path);
     let bytes = envelope::encode(value).map_err(LayerError::from)?;
-    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(path)).map_err(at())?;
+    let mut file = temporary(path.parent().unwrap_or(path)).map_err(at())?;
     file.write_all(&bytes).and_then(|()| file.as_file().sync_all()).map_err(at())?;
     file.persist(path).map_err(|e| at()(e.error))?;
     Ok(())

@@ -91,11 +91,8 @@ impl Records {
             b"GNU.sparse.major" => sparse.in_data = decimal(value).ok_or(())? == 1,
             b"GNU.sparse.name" => sparse.path = Some(name(value)?),
             b"GNU.sparse.size" | b"GNU.sparse.realsize" => sparse.size = Some(decimal(value).ok_or(())?),
-            b"GNU.sparse.offset" => {
-                if sparse.offset.replace(decimal(value).ok_or(())?).is_some() {
-                    return Err(());
-                }
-            }
+            b"GNU.sparse.offset" if sparse.offset.is_some() => return Err(()),
+            b"GNU.sparse.offset" => sparse.offset = Some(decimal(value).ok_or(())?),
             b"GNU.sparse.numbytes" => {
                 let offset = sparse.offset.take().ok_or(())?;
                 sparse.map.get_or_insert_default().push(offset, decimal(value).ok_or(())?).map_err(|_| ())?;

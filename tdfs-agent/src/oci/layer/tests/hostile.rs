@@ -65,8 +65,7 @@ fn a_damaged_gzip_member_is_an_error() {
 fn a_layer_over_the_limit_is_refused() {
     let blob = gzip(&vec![0; 3 << 20], 9);
     let limit = 1 << 20;
-    let scan =
-        scan::scan(&blob[..], Compression::Gzip, limit, std::io::sink(), &mut std::io::sink(), |_| Ok(()));
+    let scan = scan::scan(&blob[..], Compression::Gzip, limit, io::sink(), &mut io::sink(), |_| Ok(()));
     assert!(matches!(scan, Err(LayerError::TooLarge { limit: l, .. }) if l == limit));
 }
 
