@@ -179,7 +179,9 @@ impl LayerCache {
             let fresh = std::mem::take(&mut *lock(&spans.fresh));
             let committed = spans.present.reload().and_then(|()| spans.present.commit(&spans.tar));
             if let Err(error) = committed {
-                fresh.into_iter().for_each(|unit| spans.present.remove(unit..unit + 1));
+                for unit in fresh {
+                    spans.present.remove(unit..unit + 1);
+                }
                 return Err(error.into());
             }
         }

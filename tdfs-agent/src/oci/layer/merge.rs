@@ -124,7 +124,9 @@ impl Merge {
     fn put(&mut self, dir: usize, name: &[u8], inode: &Inode) {
         let mut inode = inode.clone();
         if let Body::Regular { extents, .. } = &mut inode.body {
-            extents.iter_mut().for_each(|e| e.layer = self.layer - 1);
+            for extent in extents {
+                extent.layer = self.layer - 1;
+            }
         }
         let there = self.nodes[dir].names.get(name).map(|n| n.node);
         let node = match there {

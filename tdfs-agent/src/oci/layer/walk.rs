@@ -128,8 +128,10 @@ impl Walk<'_, '_> {
             b'6' => Body::Fifo,
             kind => return Err(fail(&format!("entry type {:?} is not supported", char::from(kind)))),
         };
-        if let Some(special) = whiteout(&path).map_err(fail)? {
-            return Ok(special);
+        match meaning(&path).map_err(fail)? {
+            Meaning::File => {}
+            Meaning::Removal(entry) => return Ok(Some(entry)),
+            Meaning::Private => return Ok(None),
         }
         if path.is_empty() && !matches!(body, Body::Directory(_)) {
             return Err(fail("the root must be a directory"));
@@ -334,24 +336,31 @@ fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
     if path.len() > PATH_MAX { Err("path is too long") } else { Ok(path) }
 }
 
-/// The whiteout that `path` stands for; `Some(None)` for aufs metadata, `None` for anything else.
-fn whiteout(path: &[u8]) -> Result<Option<Option<Entry>>, &'static str> {
+/// What the name of an entry says about it.
+enum Meaning {
+    File,
+    Removal(Entry),
+    /// Metadata of aufs, which is not for us.
+    Private,
+}
+
+fn meaning(path: &[u8]) -> Result<Meaning, &'static str> {
     let (dir, name) = match path.iter().rposition(|b| *b == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
         None => (&path[..0], path),
     };
     if name == OPAQUE {
-        return Ok(Some(Some(Entry { path: dir.to_vec(), kind: EntryKind::Opaque })));
+        return Ok(Meaning::Removal(Entry { path: dir.to_vec(), kind: EntryKind::Opaque }));
     }
     if path.split(|b| *b == b'/').any(|part| part.starts_with(AUFS)) {
-        return Ok(Some(None));
+        return Ok(Meaning::Private);
     }
-    let Some(hidden) = name.strip_prefix(WHITEOUT) else { return Ok(None) };
+    let Some(hidden) = name.strip_prefix(WHITEOUT) else { return Ok(Meaning::File) };
     if matches!(hidden, b"" | b"." | b"..") {
         return Err("whiteout of no name");
     }
     let path = if dir.is_empty() { hidden.to_vec() } else { [dir, b"/", hidden].concat() };
-    Ok(Some(Some(Entry { path, kind: EntryKind::Whiteout })))
+    Ok(Meaning::Removal(Entry { path, kind: EntryKind::Whiteout }))
 }
 
 /// The attributes that the kernel would take for such an inode, by name.

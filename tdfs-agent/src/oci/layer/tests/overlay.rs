@@ -73,7 +73,7 @@ fn merged(layers: &[&[(&str, EntryKind)]]) -> Vec<String> {
 }
 
 fn refused(layers: &[&[(&str, EntryKind)]]) -> String {
-    try_merge(layers).err().expect("an error").to_string()
+    try_merge(layers).expect_err("an error").to_string()
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn inode(tar: &[u8]) -> Inode {
 }
 
 fn error(tar: &[u8]) -> String {
-    walk(tar).err().expect("an error").to_string()
+    walk(tar).expect_err("an error").to_string()
 }
 
 #[test]
