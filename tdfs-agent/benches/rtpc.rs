@@ -29,7 +29,7 @@ fn frames() -> Vec<(Frame, Vec<u8>)> {
     let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
     let frames = program.chunks_exact(FRAME_PAGES as usize * PAGE_SIZE).take(64);
     let compressed = |(frame, bytes): &(Frame, Vec<u8>)| bytes.len() < frame.pages as usize * PAGE_SIZE;
-    frames.map(|pages| encode(pages, 12).unwrap()).filter(compressed).collect()
+    frames.map(|pages| encode(pages, 9).unwrap()).filter(compressed).collect()
 }
 
 fn decode(c: &mut Criterion) {

@@ -44,6 +44,9 @@ pub const GROUP_ANNOTATION: &str = "dev.tdfs.group";
 pub const FRAME_PAGES: u32 = 64;
 /// Pages of a group data zone: 1 TiB.
 pub const ZONE_PAGES_MAX: u64 = 1 << 28;
+/// File pages of one service: 256 GiB. Files may share zone pages, so without this limit a few bytes of page table
+/// could claim any number of them.
+pub const FILE_PAGES_MAX: u64 = 1 << 26;
 /// Segments of a group data zone.
 pub const SEGMENTS_MAX: usize = 4096;
 
@@ -199,6 +202,7 @@ impl Format for Service {
     fn validate(&self) -> Result<(), FormatError> {
         let ok = |c: bool, reason: &str| ensure(c, Self::NAME, || reason.to_owned());
         validate_segments(&self.segments, Self::NAME)?;
+        ok(self.file_pages() <= FILE_PAGES_MAX, "too many pages")?;
         let mut at = 0;
         let mut ordered: Vec<&Run> = self.runs.iter().collect();
         ordered.sort_unstable_by_key(|r| r.zone_page);
@@ -315,6 +319,7 @@ mod tests {
             (two(), vec![run(0, u32::MAX, 0, 1)]),
             (two(), vec![run(0, 0, 0, 5), run(1, 0, 5, 5), run(0, 4, 20, 1)]),
             (vec![], vec![run(0, 0, 0, 1)]),
+            (vec![segment(0, 1 << 20)], (0..65).map(|ino| run(ino, 0, 0, 1 << 20)).collect()),
         ];
         for (segments, runs) in bad {
             let s = service(segments, runs);
