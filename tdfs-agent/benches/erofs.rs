@@ -43,7 +43,9 @@ fn write(c: &mut Criterion) {
         .map(|n| Run { ino: first_file + n * 7 % FILES, file_page: n % 10, zone_page: n * 3, count: 3 })
         .collect();
     c.bench_function("erofs, 100,000 files, cold", |b| b.iter(|| erofs::write(&tree, &[], 0)));
-    c.bench_function("erofs, 100,000 files, 30,000 hot pages", |b| b.iter(|| erofs::write(&tree, &hot, 30_000)));
+    c.bench_function("erofs, 100,000 files, 30,000 hot pages", |b| {
+        b.iter(|| erofs::write(&tree, &hot, 30_000))
+    });
 }
 
 criterion_group!(benches, write);

@@ -4,13 +4,14 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -317,16 +318,55 @@ fn broken_source_is_eio() {
     }
 }
 
-#[test]
-fn readers_do_not_outlive_the_runtime() {
+/// A source that never answers.
+struct Hanging;
+
+impl ColdSource for Hanging {
+    fn read(&self, _: u32, _: u64, _: usize) -> BoxFuture<'_, Result<Bytes, i32>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+fn one_file_that_hangs() -> (Fixture, RootFs) {
     let mut synthetic = Synthetic::empty();
     synthetic.add_file("file", 100_000);
-    let mut fixture = Fixture::of(&synthetic);
-    let rootfs = fixture.mount(None);
+    let fixture = Fixture::of(&synthetic);
+    let rootfs = fixture.mount_over(None, Arc::new(Hanging)).unwrap();
+    (fixture, rootfs)
+}
+
+/// A thread that reads a page of `file`, once it waits for it in the kernel.
+fn waiting_reader(file: File) -> JoinHandle<io::Result<()>> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        tell.send(nix::unistd::gettid()).unwrap();
+        file.read_exact_at(&mut [0; 10], 0)
+    });
+    let waits_in = format!("/proc/self/task/{}/wchan", told.recv().unwrap());
+    while !fs::read_to_string(&waits_in).unwrap().contains("request_wait_answer") {
+        std::thread::yield_now();
+    }
+    reader
+}
+
+#[test]
+fn readers_do_not_outlive_the_runtime() {
+    let (mut fixture, rootfs) = one_file_that_hangs();
+    let reader = waiting_reader(File::open(rootfs.path().join("file")).unwrap());
     let other = tokio::runtime::Builder::new_current_thread().build().unwrap();
     std::mem::replace(&mut fixture.runtime, other).shutdown_background();
+    assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    // Nor does any later one wait.
     let error = fs::read(rootfs.path().join("file")).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
+}
+
+#[test]
+fn readers_do_not_outlive_the_mount() {
+    let (_fixture, rootfs) = one_file_that_hangs();
+    let reader = waiting_reader(File::open(rootfs.path().join("file")).unwrap());
+    rootfs.unmount().unwrap();
+    assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
 }
 
 #[test]
@@ -530,17 +570,7 @@ fn a_waiting_reader_gets_eio_when_the_server_is_killed() {
     let fixture = Fixture::of(&Synthetic::hostile());
     let dir = fixture.dir.path();
     let holder = Holder::start(dir, &["1000000", "hang"]);
-    let file = File::open(dir.join("held/root/sizes/65536")).unwrap();
-    let (tell, told) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        // SAFETY: gettid has no preconditions.
-        tell.send(unsafe { libc::gettid() }).unwrap();
-        file.read_exact_at(&mut [0; 10], 0)
-    });
-    let state = format!("/proc/self/task/{}/wchan", told.recv().unwrap());
-    while !fs::read_to_string(&state).unwrap().contains("wait") {
-        std::thread::yield_now();
-    }
+    let reader = waiting_reader(File::open(dir.join("held/root/sizes/65536")).unwrap());
     holder.kill();
     assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
     rootfs::recover(dir).unwrap();

@@ -1,15 +1,18 @@
 //! Answers the kernel's requests for one file.
 //!
-//! A thread takes requests from `/dev/fuse`. It answers all but READ at once; a READ becomes a tokio task, of which
-//! [`READS_MAX`] hold data at a time. A request that is dropped unanswered (source panicked, runtime gone, server stopped)
+//! A thread takes requests from `/dev/fuse` and answers at once what it can. A READ that has to wait becomes a tokio
+//! task; [`READS_MAX`] of them hold data at a time. A request that is dropped unanswered (source panicked, runtime gone, server stopped)
 //! is answered EIO. When the server's last descriptor of `/dev/fuse` closes, also by `kill -9`, the kernel answers EIO
 //! to everything: no way leads to zeros.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::thread::JoinHandle;
 
+use futures_util::FutureExt;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::EventFd;
@@ -99,7 +102,12 @@ fn serve(device: &Arc<OwnedFd>, stop: &EventFd, file: &Arc<ColdDevice>, runtime:
                     }
                     reply.send(data.as_deref().map_err(|e| *e));
                 };
-                reads.spawn_on(read, runtime);
+                // A task costs more than twice as much as a read of what is at hand.
+                let mut read = AssertUnwindSafe(read).catch_unwind().boxed();
+                let _runtime = runtime.enter();
+                if read.poll_unpin(&mut Context::from_waker(Waker::noop())).is_pending() {
+                    reads.spawn_on(read, runtime);
+                }
             }
         }
         while reads.try_join_next().is_some() {}
