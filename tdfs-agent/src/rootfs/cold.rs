@@ -20,7 +20,8 @@ use tdfs_common::tree::{Body, Extent, Tree};
 /// Where cold bytes come from: the image's layers, uncompressed.
 pub trait ColdSource: Send + Sync + 'static {
     /// Exactly `len` verified bytes of `layer` at `offset`, or the errno that readers get. Must end some day: a reader
-    /// in the kernel waits for it and cannot be killed meanwhile.
+    /// in the kernel waits for it and cannot be killed meanwhile. Must not block: the first poll is on the thread that
+    /// takes all requests.
     fn read(&self, layer: u32, offset: u64, len: usize) -> BoxFuture<'_, Result<Bytes, i32>>;
 }
 

@@ -10,6 +10,9 @@
 //!
 //! Nothing of it survives the process except the mounts themselves, which serve hot pages on and give EIO for cold ones,
 //! until [`recover`] removes them.
+//!
+//! A process must not read cold pages through a mount that it serves itself: killed meanwhile, its reader would wait
+//! for its server, whose `/dev/fuse` stays open until the reader has ended.
 
 pub mod cold;
 pub mod erofs;
@@ -22,7 +25,7 @@ mod rundir;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -94,7 +97,7 @@ pub struct HotPages<'a> {
 /// A mounted image. Dropping it unmounts it; if containers still use it, their cold reads fail from then on.
 pub struct RootFs {
     root: PathBuf,
-    root_fd: Option<OwnedFd>,
+    attached: bool,
     nids: Vec<u64>,
     device: u64,
     tree: Arc<Tree>,
@@ -150,9 +153,9 @@ impl RootFs {
         let device = File::open(mount::fd_path(&root_fd)).and_then(|f| f.metadata()).map_err(&failed)?.dev();
         let root = dir.path().join("root");
         let attached = std::fs::create_dir(&root).and_then(|()| mount::attach(&root_fd, &root));
-        let rootfs = Self {
+        let mut rootfs = Self {
             root,
-            root_fd: Some(root_fd),
+            attached: false,
             nids: metadata.nids,
             device,
             tree,
@@ -163,6 +166,7 @@ impl RootFs {
             dir,
         };
         attached.map_err(failed)?;
+        rootfs.attached = true;
         Ok(rootfs)
     }
 
@@ -203,10 +207,12 @@ impl RootFs {
 
     /// Starts to inject the hot pages; `None` without any. End it before the mount.
     pub fn inject(&self) -> Result<Option<Injector>, RootfsError> {
-        let (Some((zone, runs)), Some(root)) = (&self.hot, &self.root_fd) else { return Ok(None) };
-        let (tree, runs) = (Arc::clone(&self.tree), Arc::clone(runs));
-        let started = Injector::start(root.as_fd(), zone.as_fd(), tree, runs, self.read_ahead.clone());
-        started.map(Some).map_err(RootfsError::io(&self.root))
+        let Some((zone, runs)) = &self.hot else { return Ok(None) };
+        let start = |root: File| {
+            let (tree, runs) = (Arc::clone(&self.tree), Arc::clone(runs));
+            Injector::start(root.as_fd(), zone.as_fd(), tree, runs, self.read_ahead.clone())
+        };
+        File::open(&self.root).and_then(start).map(Some).map_err(RootfsError::io(&self.root))
     }
 
     /// What was read through the cold device so far.
@@ -220,15 +226,13 @@ impl RootFs {
     }
 
     fn detach(&mut self) -> io::Result<()> {
-        if self.root_fd.take().is_none() {
-            return Ok(());
+        if std::mem::take(&mut self.attached) {
+            mount::unmount(&self.root)?;
         }
-        match mount::unmount(&self.root) {
-            // Never attached.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-            done => done?,
+        match std::fs::remove_dir(&self.root) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
         }
-        std::fs::remove_dir(&self.root)
     }
 }
 
