@@ -37,7 +37,7 @@ use oci_spec::image::ImageConfiguration;
 use tdfs_common::digest::Digest;
 use tdfs_common::page::{self, PAGE_SIZE};
 use tdfs_common::trace::{Method, Touch, Trace, TraceFile};
-use tdfs_common::tree::{Body, Tree};
+use tdfs_common::tree::{Body, Inode, Tree};
 
 use crate::rootfs::{Overlay, RootFs, RootfsError};
 use order::PageRun;
@@ -45,6 +45,7 @@ use sandbox::{Accounts, Forward, Network, Sandbox, SandboxError, SandboxSpec, Wo
 
 pub use oracle::Oracle;
 pub use probe::{HttpProbe, Probe, ProbeError};
+use ready::Target;
 pub use ready::{Readiness, ReadyError};
 pub use tracer::{Tracer, TracerError, TracerOptions};
 
@@ -125,14 +126,16 @@ impl Recording {
 /// multi-threaded runtime: it reads the image, whose pages other tasks of the runtime may have to bring.
 pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
     let rootfs = input.rootfs;
+    // What we read ourselves comes before the tracer, which remembers pages for good.
+    let target = Target::find(input.probe, rootfs)?;
+    let accounts = tokio::task::block_in_place(|| read_accounts(rootfs, input.configuration));
+    let accounts = accounts.map_err(RecordError::Accounts)?;
     let mut tracer = attach(&input)?;
     let overlay = Overlay::mount(rootfs.path(), &rootfs.dir().join(input.id))?;
     let readiness = match &mut tracer {
-        Some(tracer) => Readiness::prepare_traced(input.probe, rootfs, tracer)?,
+        Some(tracer) => Readiness::prepare_traced(input.probe, target, rootfs, tracer)?,
         None => Readiness::prepare(input.probe, rootfs, overlay.path())?,
     };
-    let accounts = tokio::task::block_in_place(|| read_accounts(rootfs, input.configuration));
-    let accounts = accounts.map_err(RecordError::Accounts)?;
     let sandbox = Sandbox::create(SandboxSpec {
         id: input.id,
         bundle: &rootfs.dir().join(format!("{}.bundle", input.id)),
@@ -165,7 +168,7 @@ fn attach(input: &RecordInput<'_>) -> Result<Option<Tracer>, RecordError> {
     if input.method == Some(Method::Residency) {
         return Ok(None);
     }
-    let sizes = input.rootfs.tree().inodes.iter().map(tdfs_common::tree::Inode::file_size);
+    let sizes = input.rootfs.tree().inodes.iter().map(Inode::file_size);
     let mut options = TracerOptions::new(input.rootfs.device(), sizes);
     options.method = input.method;
     options.ring_bytes = input.ring_bytes;
@@ -279,23 +282,30 @@ fn touches(tree: &Tree, runs: &[(u32, PageRun)]) -> (Vec<TraceFile>, Vec<Touch>)
 }
 
 /// A regular file of the image.
-pub(crate) struct ImageFile<'a> {
+struct ImageFile<'a> {
     /// Its inode in the tree.
-    pub ino: u32,
+    ino: u32,
     tree: &'a Tree,
 }
 
 impl<'a> ImageFile<'a> {
-    /// The file at `path`, through symbolic links of the image.
-    pub fn find(rootfs: &'a RootFs, path: &[u8]) -> Option<Self> {
-        let tree: &Tree = rootfs.tree();
-        let ino = tree.resolve(path)?;
-        matches!(tree.inodes[ino as usize].body, Body::Regular { .. }).then_some(Self { ino, tree })
+    fn of(rootfs: &'a RootFs, ino: u32) -> Self {
+        Self { ino, tree: rootfs.tree() }
     }
 
-    /// Its path below a mount of the image, free of symbolic links.
-    pub fn path(&self) -> PathBuf {
-        os_path(&self.tree.paths()[self.ino as usize]).to_owned()
+    /// The file at `path`, through symbolic links of the image.
+    fn find(rootfs: &'a RootFs, path: &[u8]) -> Option<Self> {
+        let found = Self::of(rootfs, rootfs.tree().resolve(path)?);
+        matches!(found.tree.inodes[found.ino as usize].body, Body::Regular { .. }).then_some(found)
+    }
+
+    /// Its path, free of symbolic links, where the image is mounted at `mount`.
+    fn path_in(&self, mount: &Path) -> PathBuf {
+        mount.join(os_path(&self.tree.paths()[self.ino as usize]))
+    }
+
+    fn open(&self, rootfs: &RootFs) -> io::Result<File> {
+        File::open(self.path_in(rootfs.path()))
     }
 }
 
@@ -312,7 +322,7 @@ fn read_accounts(rootfs: &RootFs, configuration: &ImageConfiguration) -> io::Res
     if Accounts::needed(&user) {
         for (path, content) in ["/etc/passwd", "/etc/group"].into_iter().zip(&mut contents) {
             if let Some(found) = ImageFile::find(rootfs, path.as_bytes()) {
-                let file = File::open(rootfs.path().join(found.path()))?;
+                let file = found.open(rootfs)?;
                 (&file).take(LIMIT).read_to_end(content)?;
                 residency::forget(&file)?;
             }

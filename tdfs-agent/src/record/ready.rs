@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,6 +92,41 @@ fn io_error<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ReadyError 
     move |e| ReadyError::Io { what, source: e.into() }
 }
 
+/// What a probe points at in the image.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// Nothing.
+    None,
+    /// A file, by its inode in the tree.
+    File(u32),
+    /// A function: its file, and its offset there in bytes.
+    Function(u32, u64),
+}
+
+impl Target {
+    /// Looks the probe's file and symbol up. The pages this reads are dropped again: they are not the service's.
+    pub(super) fn find(probe: &Probe, rootfs: &RootFs) -> Result<Self, ReadyError> {
+        let find = |path: &str| {
+            let reason = || "no such file in the image".to_owned();
+            let found = ImageFile::find(rootfs, path.as_bytes());
+            found.ok_or_else(|| ReadyError::File { path: path.to_owned(), reason: reason() })
+        };
+        match probe {
+            Probe::Open(path) | Probe::Exec(path) => Ok(Self::File(find(path)?.ino)),
+            Probe::Uprobe { path, symbol: name } => {
+                let failed = |reason: String| ReadyError::File { path: path.clone(), reason };
+                let found = find(path)?;
+                let file = found.open(rootfs).map_err(|e| failed(e.to_string()))?;
+                let offset = tokio::task::block_in_place(|| symbol::file_offset(&file, name));
+                residency::forget(&file).map_err(|e| failed(e.to_string()))?;
+                let offset = offset.map_err(|reason| failed(format!("{name}: {reason}")))?;
+                Ok(Self::Function(found.ino, offset))
+            }
+            Probe::Tcp(_) | Probe::Http(_) | Probe::Log(_) | Probe::Exit(_) => Ok(Self::None),
+        }
+    }
+}
+
 /// A probe that watches from before the container starts.
 pub struct Readiness {
     probe: Probe,
@@ -110,27 +145,26 @@ enum Means {
     /// A user probe of our own.
     Uprobe(Box<Tracer>),
     /// The tracer that records.
-    Events {
-        /// The probe's file.
-        ino: Option<u32>,
-    },
+    Events(Target),
 }
 
 impl Readiness {
     /// For a container over `rootfs` whose overlay is mounted at `merged`; to be called before it starts, on a
     /// multi-threaded runtime: it may read the image.
     pub fn prepare(probe: &Probe, rootfs: &RootFs, merged: &Path) -> Result<Self, ReadyError> {
-        let means = match probe {
-            Probe::Tcp(_) | Probe::Http(_) | Probe::Exit(_) => Means::None,
-            Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
-            Probe::Open(path) => Means::Mark(mark(rootfs, merged, path, MaskFlags::FAN_OPEN)?),
+        let means = match (Target::find(probe, rootfs)?, probe) {
+            (Target::File(ino), Probe::Open(_)) => {
+                Means::Mark(mark(rootfs, merged, ino, MaskFlags::FAN_OPEN)?)
+            }
             // Minimum kernel version 5.0.
-            Probe::Exec(path) => Means::Mark(mark(rootfs, merged, path, MaskFlags::FAN_OPEN_EXEC)?),
-            Probe::Uprobe { path, symbol } => {
+            (Target::File(ino), _) => Means::Mark(mark(rootfs, merged, ino, MaskFlags::FAN_OPEN_EXEC)?),
+            (Target::Function(ino, offset), _) => {
                 let mut tracer = Tracer::uprobe_only()?;
-                attach_uprobe(&mut tracer, rootfs, path, symbol)?;
+                tracer.attach_uprobe(&ImageFile::of(rootfs, ino).path_in(rootfs.path()), offset)?;
                 Means::Uprobe(Box::new(tracer))
             }
+            (Target::None, Probe::Log(_)) => Means::Lines(watch::Sender::new(None)),
+            (Target::None, _) => Means::None,
         };
         Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
     }
@@ -138,23 +172,21 @@ impl Readiness {
     /// The same with the kernel events of `tracer`.
     pub(super) fn prepare_traced(
         probe: &Probe,
+        target: Target,
         rootfs: &RootFs,
         tracer: &mut Tracer,
     ) -> Result<Self, ReadyError> {
+        match (target, probe) {
+            (Target::File(ino), Probe::Open(_)) => tracer.watch_inode(rootfs.nid_of(ino))?,
+            (Target::Function(ino, offset), _) => {
+                tracer.attach_uprobe(&ImageFile::of(rootfs, ino).path_in(rootfs.path()), offset)?;
+            }
+            _ => {}
+        }
         let means = match probe {
             Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
             Probe::Exit(_) => Means::None,
-            Probe::Tcp(_) | Probe::Http(_) => Means::Events { ino: None },
-            Probe::Open(path) => {
-                let file = find(rootfs, path)?;
-                tracer.watch_inode(rootfs.nid_of(file.ino))?;
-                Means::Events { ino: Some(file.ino) }
-            }
-            Probe::Exec(path) => Means::Events { ino: Some(find(rootfs, path)?.ino) },
-            Probe::Uprobe { path, symbol } => {
-                attach_uprobe(tracer, rootfs, path, symbol)?;
-                Means::Events { ino: None }
-            }
+            _ => Means::Events(target),
         };
         Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
     }
@@ -204,7 +236,7 @@ impl Readiness {
         let Self { probe, tree, means } = self;
         let pid = sandbox.init_pid();
         match (&probe, means, tracer) {
-            (Probe::Tcp(port), Means::Events { .. }, Some(tracer)) => listening(tracer, *port).await,
+            (Probe::Tcp(port), Means::Events(_), Some(tracer)) => listening(tracer, *port).await,
             (&Probe::Tcp(port), ..) => {
                 let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
                 let connects =
@@ -212,7 +244,7 @@ impl Readiness {
                 retry(pid, move || loopback.iter().any(connects)).await
             }
             (Probe::Http(http), means, tracer) => {
-                if let (Means::Events { .. }, Some(tracer)) = (means, tracer) {
+                if let (Means::Events(_), Some(tracer)) = (means, tracer) {
                     listening(tracer, http.address().1).await?;
                 }
                 let http = http.clone();
@@ -237,25 +269,25 @@ impl Readiness {
                 Ok(now())
             }
             (_, Means::Uprobe(mut tracer), _) => Ok(tracer.notice(|n| n.what == What::Uprobe).await?.ktime),
-            (_, Means::Events { ino }, Some(tracer)) => {
-                let wanted = |n: &Notice| match &n.what {
-                    What::Page | What::Uprobe => true,
-                    What::Listen(_) => false,
-                    What::Exec(filename, interp) => {
-                        matches!(probe, Probe::Exec(_)) && executes(&tree, ino, n.tgid, [filename, interp])
+            (_, Means::Events(target), Some(tracer)) => {
+                let wanted = |n: &Notice| match (&n.what, &probe, target) {
+                    (What::Page, Probe::Open(_), _) | (What::Uprobe, Probe::Uprobe { .. }, _) => true,
+                    (What::Exec(filename, interp), Probe::Exec(_), Target::File(ino)) => {
+                        executes(&tree, ino, n.tgid, [filename, interp])
                     }
+                    _ => false,
                 };
                 Ok(tracer.notice(wanted).await?.ktime)
             }
             // Means without what they belong to are never made.
-            (_, Means::None | Means::Lines(_) | Means::Events { .. }, _) => std::future::pending().await,
+            (_, Means::None | Means::Lines(_) | Means::Events(_), _) => std::future::pending().await,
         }
     }
 }
 
 /// Whether an execution is one of inode `ino`: by the path that was given, by the interpreter, or by what runs now.
-fn executes(tree: &Tree, ino: Option<u32>, tgid: u32, paths: [&[u8]; 2]) -> bool {
-    let is = |path: &[u8]| path.starts_with(b"/") && tree.resolve(path) == ino;
+fn executes(tree: &Tree, ino: u32, tgid: u32, paths: [&[u8]; 2]) -> bool {
+    let is = |path: &[u8]| path.starts_with(b"/") && tree.resolve(path) == Some(ino);
     let running = || std::fs::read_link(format!("/proc/{tgid}/exe"));
     paths.into_iter().any(is) || running().is_ok_and(|p| is(p.as_os_str().as_encoded_bytes()))
 }
@@ -264,19 +296,9 @@ async fn listening(tracer: &mut Tracer, port: u16) -> Result<u64, ReadyError> {
     Ok(tracer.notice(|n| n.what == What::Listen(port)).await?.ktime)
 }
 
-fn find<'a>(rootfs: &'a RootFs, path: &str) -> Result<ImageFile<'a>, ReadyError> {
-    let failed = |reason: &str| ReadyError::File { path: path.to_owned(), reason: reason.to_owned() };
-    ImageFile::find(rootfs, path.as_bytes()).ok_or_else(|| failed("no such file in the image"))
-}
-
 /// A group that becomes readable when the file is opened through the overlay. Marking an inode reads none of its pages.
-fn mark(
-    rootfs: &RootFs,
-    merged: &Path,
-    path: &str,
-    mask: MaskFlags,
-) -> Result<AsyncFd<Fanotify>, ReadyError> {
-    let at: PathBuf = merged.join(find(rootfs, path)?.path());
+fn mark(rootfs: &RootFs, merged: &Path, ino: u32, mask: MaskFlags) -> Result<AsyncFd<Fanotify>, ReadyError> {
+    let at = ImageFile::of(rootfs, ino).path_in(merged);
     let failed = io_error::<Errno>("fanotify");
     let init = InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
     let group = Fanotify::init(init, EventFFlags::O_RDONLY | EventFFlags::O_CLOEXEC).map_err(&failed)?;
@@ -284,19 +306,6 @@ fn mark(
     // SAFETY: the group owns its descriptor, and nothing replaces it.
     let registered = unsafe { AsyncFd::register_with_interest(group, tokio::io::Interest::READABLE) };
     registered.map_err(|e| io_error("fanotify")(e))
-}
-
-/// Looks the symbol up and sets a probe on it. The pages this reads are dropped again: they are not the service's.
-fn attach_uprobe(tracer: &mut Tracer, rootfs: &RootFs, path: &str, name: &str) -> Result<(), ReadyError> {
-    let found = find(rootfs, path)?;
-    let failed = |reason: String| ReadyError::File { path: path.to_owned(), reason };
-    let at = rootfs.path().join(found.path());
-    let file = File::open(&at).map_err(|e| failed(e.to_string()))?;
-    let offset = tokio::task::block_in_place(|| symbol::file_offset(&file, name))
-        .map_err(|reason| failed(format!("{name}: {reason}")))?;
-    residency::forget(&file).map_err(|e| failed(e.to_string()))?;
-    tracer.attach_uprobe(&at, offset)?;
-    Ok(())
 }
 
 /// Repeats `attempt` in the network namespace of `pid` until it succeeds; when it did. Gives up when dropped.

@@ -106,7 +106,7 @@ pub fn now() -> u64 {
 pub struct TracerOptions {
     /// Device of the private mount (major, minor).
     pub device: (u32, u32),
-    /// Pages of all its regular files: how many bitmaps the probe may need at most.
+    /// How many bitmaps the probe may need at most.
     pub chunks: u64,
     /// Size of the ring buffer, bytes: a power of two, at least a page.
     pub ring_bytes: u32,
@@ -115,9 +115,11 @@ pub struct TracerOptions {
 }
 
 impl TracerOptions {
-    /// For the files of `sizes` (bytes) on `device`.
+    /// For a file system on `device` with inodes of `sizes` (bytes); directories count, their size may be 0
+    /// unless they have more than 512 pages, for which there is some room.
     pub fn new(device: (u32, u32), sizes: impl Iterator<Item = u64>) -> Self {
-        let chunks = sizes.map(|s| tdfs_common::page::count(s).div_ceil(CHUNK_PAGES)).sum();
+        let chunks =
+            sizes.map(|s| tdfs_common::page::count(s).div_ceil(CHUNK_PAGES).max(1)).sum::<u64>() + 64;
         Self { device, chunks, ring_bytes: RING_BYTES, method: None }
     }
 }
@@ -228,7 +230,8 @@ impl Tracer {
 
     fn load(options: &TracerOptions, offsets: &Offsets, method: Method) -> Result<Self, TracerError> {
         let device = options.device.0 << 20 | options.device.1;
-        let wake = u64::from(options.ring_bytes / 4);
+        // Not for less than a page of events.
+        let wake = u64::from(options.ring_bytes / 4).max(4096);
         let mut loader = EbpfLoader::new();
         loader.override_global("DEVICE", &device, true).override_global("WAKE_BYTES", &wake, true);
         loader.override_global("OFFSETS", offsets.as_slice(), true);
