@@ -82,9 +82,14 @@ pub fn recover(parent: &Path) -> io::Result<Vec<PathBuf>> {
         let path = entry.path();
         let lock = match lock(&path, false) {
             Ok(Some(lock)) => lock,
-            // Gone, not (yet) a run directory, or its owner lives.
+            // Gone, or its owner lives.
             Ok(None) => continue,
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy) => continue,
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => continue,
+            // Its maker died before it owned it. One that lives just makes it again.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let _ = std::fs::remove_dir(&path);
+                continue;
+            }
             Err(e) => return Err(e),
         };
         clear(&path)?;

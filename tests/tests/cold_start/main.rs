@@ -120,9 +120,12 @@ pub fn expect_clean(state: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     let left: Vec<&str> = mounts.lines().filter(|l| l.contains(&show(state))).collect();
     ensure!(left.is_empty(), "left mounted: {left:?}");
-    let entries = |name: &str| std::fs::read_dir(state.join(name)).map_or(0, Iterator::count);
-    ensure!(entries("runs") == 0, "run directories left in {}", state.display());
-    ensure!(entries("runc") == 0, "containers left in {}", state.display());
+    for name in ["runs", "runc"] {
+        if state.join(name).exists() {
+            let left = tool("find", &[&show(&state.join(name)), "-mindepth", "1"])?;
+            ensure!(left.is_empty(), "left in {name}: {left}");
+        }
+    }
     Ok(())
 }
 
