@@ -4,7 +4,7 @@
 //! DIR/oci-layout            {"imageLayoutVersion":"1.0.0"}; never replaced, so writers lock it (flock)
 //! DIR/index.json            the manifests, each with its tag in an annotation; replaced atomically under the lock
 //! DIR/blobs/sha256/<hex>    content; complete and durable before it gets its name
-//! DIR/.tdfs-*               being written; left over by a crash, never read
+//! DIR/.tdfs-*               being written, and locked as long as the writer lives; never read
 //! ```
 //!
 //! All of this blocks on the disk: call it off the async threads. A layout that does not exist reads as empty and is
@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -232,8 +233,9 @@ impl Layout {
 
     /// Starts a new blob.
     pub fn writer(&self) -> Result<BlobWriter, OciError> {
-        drop(self.lock()?);
+        let lock = self.lock()?;
         let file = self.temporary()?;
+        drop(lock);
         Ok(BlobWriter { blobs: self.dir.join("blobs/sha256"), file, digest: DigestWriter::default() })
     }
 
@@ -292,6 +294,7 @@ impl Layout {
         } else {
             self.exists()?;
         }
+        self.sweep()?;
         fs::create_dir_all(&blobs).map_err(OciError::io(&blobs))?;
         let index = self.dir.join(INDEX);
         if !index.exists() {
@@ -300,12 +303,32 @@ impl Layout {
         Ok(marker)
     }
 
+    /// Call under the layout's lock: without it, a sweep could come between creating and locking.
     fn temporary(&self) -> Result<NamedTempFile, OciError> {
-        tempfile::Builder::new()
+        let file = tempfile::Builder::new()
             .prefix(OsStr::new(TEMPORARY))
             .permissions(fs::Permissions::from_mode(0o644))
             .tempfile_in(&self.dir)
-            .map_err(OciError::io(&self.dir))
+            .map_err(OciError::io(&self.dir))?;
+        file.as_file().lock().map_err(OciError::io(file.path()))?;
+        Ok(file)
+    }
+
+    /// Removes what writers left that did not live to name or remove it.
+    fn sweep(&self) -> Result<(), OciError> {
+        for entry in fs::read_dir(&self.dir).map_err(OciError::io(&self.dir))? {
+            let path = entry.map_err(OciError::io(&self.dir))?.path();
+            let temporary =
+                path.file_name().is_some_and(|name| name.as_bytes().starts_with(TEMPORARY.as_bytes()));
+            if temporary && open_file(&path)?.is_some_and(|file| file.try_lock().is_ok()) {
+                match fs::remove_file(&path) {
+                    // Its writer gave it its name just now.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    other => other.map_err(OciError::io(&path))?,
+                }
+            }
+        }
+        Ok(())
     }
 
     fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), OciError> {
@@ -575,6 +598,18 @@ mod tests {
         fs::write(layout.blob_path(&digest), "rig").unwrap();
         layout.put(&BlobSource::Bytes(Bytes::from("right")), &digest).unwrap();
         assert_eq!(layout.read(&digest, 100).unwrap(), "right");
+    }
+
+    #[test]
+    fn leftovers_of_dead_writers_are_removed() {
+        let (_dir, layout) = layout();
+        let mut alive = layout.writer().unwrap();
+        fs::write(layout.dir.join(".tdfs-dead"), "half").unwrap();
+        put(&layout, MANIFEST_TYPE, &manifest("a", json!({})), None).unwrap();
+        assert!(!layout.dir.join(".tdfs-dead").exists());
+        alive.write(b"content").unwrap();
+        alive.commit(&Digest::of(b"content")).unwrap();
+        assert_eq!(layout.read(&Digest::of(b"content"), 100).unwrap(), "content");
     }
 
     #[test]
