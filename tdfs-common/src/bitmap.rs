@@ -125,7 +125,9 @@ mod tests {
 
     fn bitmap(len: u64, pages: &BTreeSet<u64>) -> PageBitmap {
         let mut b = PageBitmap::new(len);
-        pages.iter().for_each(|&p| b.insert(p));
+        for &page in pages {
+            b.insert(page);
+        }
         b
     }
 

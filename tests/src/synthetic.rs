@@ -449,7 +449,7 @@ impl ColdSource for Layers {
     fn read(&self, layer: u32, offset: u64, len: usize) -> BoxFuture<'_, Result<Bytes, i32>> {
         Box::pin(async move {
             // Every other answer takes the asynchronous way.
-            if self.requests.fetch_add(1, Ordering::Relaxed) % 2 == 0 {
+            if self.requests.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
                 tokio::task::yield_now().await;
             }
             match self.failure.load(Ordering::Relaxed) {

@@ -1,5 +1,6 @@
 //! `tdfs inspect` and `tdfs verify`
 
+use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -118,7 +119,8 @@ pub async fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode>
     );
     for r in &inspection.runtime_images {
         let bytes: u64 = r.segments.iter().map(|s| s.bytes).sum();
-        text += &format!(
+        let _ = write!(
+            text,
             "\n  service {} (group {}): {} pages, {:.1} MB, in {} segments of {:.1} MB; ready by {}\n    {}",
             r.service,
             r.group,

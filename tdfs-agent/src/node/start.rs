@@ -92,13 +92,12 @@ pub async fn start(
         (_, 0) => "resident",
         _ => "fetched",
     };
-    match &prepared.hot {
-        Some(_) => report.diff_ms = ms(diff),
-        None => {
-            report.fetch_ms = ms(diff);
-            report.layer_bytes = pulled.bytes_received - before_pull.bytes_received;
-            report.data_requests = pulled.data_requests - before_pull.data_requests;
-        }
+    if prepared.hot.is_some() {
+        report.diff_ms = ms(diff);
+    } else {
+        report.fetch_ms = ms(diff);
+        report.layer_bytes = pulled.bytes_received - before_pull.bytes_received;
+        report.data_requests = pulled.data_requests - before_pull.data_requests;
     }
     let service = prepared.hot.as_ref().map(|(service, _)| service);
     report.service = service.map(|s| s.service.clone());
