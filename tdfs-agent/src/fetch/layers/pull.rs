@@ -21,7 +21,6 @@ use tdfs_common::digest::{Digest, DigestWriter};
 use tdfs_common::envelope::{self, Format};
 use tdfs_common::layer_index::{Compression, Layer, LayerIndex};
 use tdfs_common::tree::Tree;
-use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 
 use super::cache::{LayerCache, directory, temporary};
@@ -90,12 +89,12 @@ async fn pull_layer(
     }
     let at = Arc::clone(&cache);
     let (indexed, tar, windows) = stream_into(store, blob, received, move |reader| {
-        let mut tar_writer = BufWriter::with_capacity(1 << 20, tar);
-        let mut windows_writer = BufWriter::new(windows);
+        // Through the plain files: errors of a `NamedTempFile` lose their number.
+        let mut tar_writer = BufWriter::with_capacity(1 << 20, tar.as_file());
+        let mut windows_writer = BufWriter::new(windows.as_file());
         let indexed = index_layer(reader, compression, &mut tar_writer, &mut windows_writer)?;
-        let (tar, windows) = (synced(tar_writer), synced(windows_writer));
-        let at = || FetchError::at(at.dir());
-        Ok((indexed, tar.map_err(at())?, windows.map_err(at())?))
+        synced(tar_writer).and_then(|()| synced(windows_writer)).map_err(FetchError::at(at.dir()))?;
+        Ok((indexed, tar, windows))
     })
     .await?;
     check_diff_id(&indexed.layer, diff_id)?;
@@ -124,9 +123,10 @@ pub(super) async fn bring_whole(store: &Store, cache: Arc<LayerCache>) -> Result
     let blob = Descriptor::new("layer", cache.layer().blob, cache.layer().blob_size);
     let (compression, at) = (cache.layer().compression, Arc::clone(&cache));
     let (layer, tar) = stream_into(store, &blob, &|_| {}, move |reader| {
-        let mut writer = BufWriter::with_capacity(1 << 20, tar);
+        let mut writer = BufWriter::with_capacity(1 << 20, tar.as_file());
         let layer = uncompress(reader, compression, &mut writer)?;
-        Ok((layer, synced(writer).map_err(FetchError::at(at.dir()))?))
+        synced(writer).map_err(FetchError::at(at.dir()))?;
+        Ok((layer, tar))
     })
     .await?;
     check_diff_id(&layer, cache.layer().diff_id)?;
@@ -138,10 +138,9 @@ pub(super) async fn bring_whole(store: &Store, cache: Arc<LayerCache>) -> Result
     Ok(true)
 }
 
-fn synced(writer: BufWriter<NamedTempFile>) -> io::Result<NamedTempFile> {
-    let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.as_file().sync_all()?;
-    Ok(file)
+fn synced(mut writer: BufWriter<&File>) -> io::Result<()> {
+    writer.flush()?;
+    writer.get_ref().sync_all()
 }
 
 fn check_diff_id(layer: &Layer, expected: Digest) -> Result<(), FetchError> {

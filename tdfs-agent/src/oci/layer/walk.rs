@@ -140,7 +140,9 @@ impl Walk<'_, '_> {
         let id = |n: i64| u32::try_from(n).map_err(|_| fail("owner or group out of range"));
         let xattrs = attributes(records.xattrs, &body).map_err(fail)?;
         let (uid, gid) = (id(records.uid.unwrap_or(fields.uid))?, id(records.gid.unwrap_or(fields.gid))?);
-        let inode = Inode { mode: fields.mode, uid, gid, mtime, mtime_nsec, xattrs, body };
+        // The kernel keeps no permissions of symbolic links.
+        let mode = if matches!(body, Body::Symlink(_)) { 0o777 } else { fields.mode };
+        let inode = Inode { mode, uid, gid, mtime, mtime_nsec, xattrs, body };
         Ok(Some(Entry { path, kind: EntryKind::Inode(inode) }))
     }
 

@@ -73,6 +73,7 @@ fn every_type_of_file() {
     assert_eq!(inode(&header(b"fifo", b'6', 0, |_| {})).body, Body::Fifo);
     let link = header(b"s", b'2', 0, |h| h.set_link_name_literal("../a//b").unwrap());
     assert_eq!(inode(&link).body, Body::Symlink(b"../a//b".to_vec()));
+    assert_eq!(inode(&link).mode, 0o777);
     let link = header(b"h", b'1', 0, |h| h.set_link_name_literal("./a//b").unwrap());
     assert_eq!(one(&link), Entry { path: b"h".to_vec(), kind: EntryKind::HardLink(b"a/b".to_vec()) });
     for kind in [0, b'0', b'7'] {
