@@ -27,8 +27,7 @@ fn killed_at_random_moments() -> Result<()> {
         let mut arguments = text(["--json", "run"]);
         arguments.extend([recorded.reference(), "--network".into(), "private".into()]);
         arguments.extend(["--state".into(), show(&node)]);
-        let mut child =
-            tdfs::command(arguments)?.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let mut child = tdfs::command(arguments)?.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
         std::thread::sleep(Duration::from_millis(random.below(400)));
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL)?;
         let output = child.wait_with_output()?;
@@ -56,7 +55,8 @@ fn killed_at_random_moments() -> Result<()> {
 fn a_mount_whose_server_was_killed_is_removed() -> Result<()> {
     let recorded = Recorded::new("nginx", 1)?;
     let (node, target) = (recorded.path("node"), tempfile::tempdir()?);
-    let mounted = tdfs::json(["mount", &recorded.reference(), &show(target.path()), "--state", &show(&node)])?;
+    let mounted =
+        tdfs::json(["mount", &recorded.reference(), &show(target.path()), "--state", &show(&node)])?;
     let pid = mounted["pid"].as_i64().unwrap_or_default();
     ensure!(pid > 1, "{mounted}");
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL)?;

@@ -9,7 +9,9 @@ use tdfs_tests::tdfs;
 use crate::{Recorded, expect_clean, number, run, show};
 
 /// Ways to ruin a blob.
-const RUIN: [(&str, fn(&mut Vec<u8>)); 5] = [
+type Ruin = (&'static str, fn(&mut Vec<u8>));
+
+const RUIN: [Ruin; 5] = [
     ("first byte flipped", |b| b[0] ^= 1),
     ("byte in the middle flipped", |b| {
         let middle = b.len() / 2;
@@ -41,7 +43,10 @@ fn damaged_blobs_end_in_one_clear_error_and_expose_nothing() -> Result<()> {
             fs::write(&path, &good)?;
             // What was verified before the error may stay; the rest is fetched, and it starts.
             let healed = run(&recorded.reference(), &node, &[])?;
-            ensure!(number(&healed, "cold_pages")? * 100 < number(&healed, "pages_needed")?, "{how}: {healed}");
+            ensure!(
+                number(&healed, "cold_pages")? * 100 < number(&healed, "pages_needed")?,
+                "{how}: {healed}"
+            );
             fs::remove_dir_all(&node)?;
         }
     }
@@ -76,7 +81,8 @@ fn an_incomplete_trace_is_refused() -> Result<()> {
     (trace.complete, trace.lost_events) = (false, 7);
     fs::write(&path, envelope::encode(&trace)?)?;
     let (state, output) = (show(&recorded.state()), show(&recorded.path("refused")));
-    let pack = ["pack", &recorded.reference(), "--trace", &show(&path), "--output", &output, "--state", &state];
+    let pack =
+        ["pack", &recorded.reference(), "--trace", &show(&path), "--output", &output, "--state", &state];
     let error = tdfs::error(pack)?;
     ensure!(error.contains("incomplete") && error.contains('7'), "{error}");
     let allowed = tdfs::json(pack.iter().chain(&["--allow-incomplete"]))?;

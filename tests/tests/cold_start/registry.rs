@@ -43,7 +43,10 @@ fn the_image_stays_as_it_was_and_its_runtime_images_coexist() -> Result<()> {
     let layout = images::image("python")?;
     let index: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json"))?)?;
     let digest = index["manifests"][0]["digest"].as_str().context("no digest")?;
-    let seen = tool("skopeo", &["inspect", "--tls-verify=false", "--format={{.Digest}}", &format!("docker://{image}")])?;
+    let seen = tool(
+        "skopeo",
+        &["inspect", "--tls-verify=false", "--format={{.Digest}}", &format!("docker://{image}")],
+    )?;
     ensure!(seen.trim() == digest, "the image's digest changed: {seen} {digest}");
 
     let (whole, artifacts) = (dir.path().join("whole"), dir.path().join("artifacts"));
@@ -135,9 +138,31 @@ fn errors_are_one_clear_line() -> Result<()> {
     let no_layout = tdfs::error(["run", "oci:/nowhere/at/all", "--state", &state])?;
     ensure!(no_layout.contains("/nowhere/at/all"), "{no_layout}");
     let nginx = format!("oci:{}", images::image("nginx")?.display());
-    let late = tdfs::error(["record", &nginx, "--service", "s", "--ready", "tcp:9", "--timeout", "2s", "--state", &state])?;
+    let late = tdfs::error([
+        "record",
+        &nginx,
+        "--service",
+        "s",
+        "--ready",
+        "tcp:9",
+        "--timeout",
+        "2s",
+        "--state",
+        &state,
+    ])?;
     ensure!(late.contains("not ready after 2 s") && late.contains("tcp:9"), "{late}");
-    let dead = tdfs::error(["record", &nginx, "--service", "s", "--ready", "tcp:9", "--state", &state, "--", "false"])?;
+    let dead = tdfs::error([
+        "record",
+        &nginx,
+        "--service",
+        "s",
+        "--ready",
+        "tcp:9",
+        "--state",
+        &state,
+        "--",
+        "false",
+    ])?;
     ensure!(dead.contains("exit code 1"), "{dead}");
     let no_program = tdfs::error(["run", &nginx, "--state", &state, "--", "no-such-program"])?;
     ensure!(no_program.contains("no-such-program"), "{no_program}");

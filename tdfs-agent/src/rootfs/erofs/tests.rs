@@ -243,7 +243,7 @@ fn check(tree: &Tree, runs: &[Run]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn reader_finds_what_was_written((tree, runs) in tree().prop_flat_map(|t| { let r = runs(&t); (Just(t), r) })) {
