@@ -44,7 +44,7 @@ fn write(c: &mut Criterion) {
         .collect();
     c.bench_function("erofs, 100,000 files, cold", |b| b.iter(|| erofs::write(&tree, &[], 0)));
     c.bench_function("erofs, 100,000 files, 30,000 hot pages", |b| {
-        b.iter(|| erofs::write(&tree, &hot, 30_000))
+        b.iter(|| erofs::write(&tree, &hot, 30_000));
     });
 }
 

@@ -110,12 +110,10 @@ fn awkward_tree(root: &Path, seed: u64, long: bool) -> Result<()> {
             0 | 1 => {
                 fs::create_dir(&path)?;
                 dirs.push(path);
-                continue;
             }
             2 => symlink("t".repeat(1 + random.below(if long { 300 } else { 90 }) as usize), &path)?,
             3 if !files.is_empty() => {
                 fs::hard_link(&files[random.below(files.len() as u64) as usize], &path)?;
-                continue;
             }
             4 => mknod(&path, SFlag::S_IFIFO, Mode::from_bits_truncate(0o640), 0)?,
             5 => {

@@ -1,4 +1,5 @@
 //! Containers under the real runc.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail by panicking")]
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -65,7 +66,7 @@ impl Fixture {
             },
             forward: Forward::Stderr,
             on_line: Some(Arc::new(move |l| {
-                lines.lock().unwrap().push(String::from_utf8_lossy(l).into_owned())
+                lines.lock().unwrap().push(String::from_utf8_lossy(l).into_owned());
             })),
         })
         .await
