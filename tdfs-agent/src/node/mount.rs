@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, State};
-use crate::fetch::{Progress, fetch};
+use crate::fetch::{ImageLayers, Progress, fetch};
 use crate::oci::{ClientOptions, Reference};
 use crate::rootfs::RootFs;
 
@@ -63,6 +63,7 @@ pub struct MountServer {
     /// What was mounted.
     pub report: MountReport,
     rootfs: RootFs,
+    layers: Arc<ImageLayers>,
     resolved: Resolved,
 }
 
@@ -112,7 +113,7 @@ pub async fn mount(
         Ok::<_, NodeError>(rootfs)
     })?;
     report.total_ms = begin.elapsed().as_secs_f64() * 1000.0;
-    Ok(MountServer { report, rootfs, resolved })
+    Ok(MountServer { report, rootfs, layers: prepared.layers, resolved })
 }
 
 impl MountServer {
@@ -138,7 +139,7 @@ impl MountServer {
             Ok::<_, NodeError>(self.rootfs.unmount()?)
         })?;
         self.resolved.remembered().await;
-        Ok(())
+        Ok(self.layers.flush().await?)
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{Commit, FetchStats, Progress, fetch};
+use crate::fetch::{Commit, FetchStats, ImageLayers, Progress, fetch};
 use crate::oci::{ClientOptions, Reference};
 use crate::record::sandbox::{Accounts, Exit, Forward, Network, Sandbox, SandboxSpec, Workload};
 use crate::record::{Probe, Readiness};
@@ -49,6 +49,7 @@ pub struct Running {
     pub report: StartReport,
     container: Container,
     commit: Option<Commit>,
+    layers: Arc<ImageLayers>,
     resolved: Resolved,
 }
 
@@ -153,7 +154,7 @@ pub async fn start(
         report.layer_bytes = prepared.layer_stats().bytes;
     }
     report.metadata_requests = resolved.requests().metadata_requests;
-    Ok(Running { report, container, commit, resolved })
+    Ok(Running { report, container, commit, layers: prepared.layers, resolved })
 }
 
 /// Mounts the image and creates the container; also starts the injection if the zone is complete.
@@ -212,6 +213,9 @@ impl Running {
             && let Err(error) = commit.wait().await
         {
             tracing::warn!("the fetched pages are not durable: {error}");
+        }
+        if let Err(error) = self.layers.flush().await {
+            tracing::warn!("the cold pages are not durable: {error}");
         }
         self.resolved.remembered().await;
         exit

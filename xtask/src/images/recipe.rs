@@ -63,7 +63,8 @@ pub const IMAGES: &[Image] = &[
                 "--dir",
                 "/var/lib/redis",
             ],
-            ready: "tcp:6379",
+            // It listens before it has read everything that it needs to answer.
+            ready: "log:Ready to accept connections",
             port: 6379,
         }],
     },

@@ -187,6 +187,12 @@ impl ImageLayers {
         Ok(bytes.freeze())
     }
 
+    /// Makes everything fetched so far durable: a process that ends does not wait for what goes on in the background.
+    pub async fn flush(&self) -> Result<(), FetchError> {
+        let layers = self.layers.clone();
+        joined(tokio::task::spawn_blocking(move || layers.iter().try_for_each(|layer| layer.commit()))).await
+    }
+
     fn commit_later(&self, layer: u32) {
         let cache = Arc::clone(&self.layers[layer as usize]);
         if cache.promise_commit() {
