@@ -25,6 +25,8 @@ pub enum Kind {
     Exec = 4,
     /// The instruction of the user-space probe was reached.
     Uprobe = 5,
+    /// `count` pages from `index` of inode `ino` left the page cache.
+    Removed = 6,
 }
 
 impl Kind {
@@ -36,6 +38,7 @@ impl Kind {
             3 => Self::Listen,
             4 => Self::Exec,
             5 => Self::Uprobe,
+            6 => Self::Removed,
             _ => return None,
         })
     }
@@ -176,7 +179,7 @@ pub enum Offset {
     /// `linux_binprm.interp`
     BprmInterp,
 
-    /// filemap/mm_filemap_add_to_page_cache: `i_ino`
+    /// filemap/mm_filemap_add_to_page_cache, and mm_filemap_delete_from_page_cache of the same class: `i_ino`
     AddedIno,
     /// `index`
     AddedIndex,

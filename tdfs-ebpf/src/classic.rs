@@ -21,18 +21,30 @@ fn report(ctx: &Context, result: Result<(), i32>) -> u32 {
     0
 }
 
+/// Inode, first page and order of the folio, if it is of the mount. Both tracepoints have one format.
+#[inline(always)]
+fn folio(ctx: &Context) -> Result<Option<(u64, u64, u32)>, i32> {
+    if !page::ours(field(ctx, Offset::AddedDev)?) {
+        return Ok(None);
+    }
+    let order = if offset(Offset::AddedOrder) == 0 { 0 } else { field::<u8>(ctx, Offset::AddedOrder)? };
+    Ok(Some((field(ctx, Offset::AddedIno)?, field(ctx, Offset::AddedIndex)?, u32::from(order))))
+}
+
 #[tracepoint]
 pub fn classic_page_added(ctx: Context) -> u32 {
-    let read = || {
-        if page::ours(field(&ctx, Offset::AddedDev)?) {
-            let order =
-                if offset(Offset::AddedOrder) == 0 { 0 } else { field::<u8>(&ctx, Offset::AddedOrder)? };
-            let (ino, index) = (field(&ctx, Offset::AddedIno)?, field(&ctx, Offset::AddedIndex)?);
-            page::added(&ctx, ino, index, u32::from(order));
-        }
-        Ok(())
-    };
-    report(&ctx, read())
+    report(
+        &ctx,
+        folio(&ctx).map(|f| f.map_or((), |(ino, index, order)| page::added(&ctx, ino, index, order))),
+    )
+}
+
+#[tracepoint]
+pub fn classic_page_removed(ctx: Context) -> u32 {
+    report(
+        &ctx,
+        folio(&ctx).map(|f| f.map_or((), |(ino, index, order)| page::removed(&ctx, ino, index, order))),
+    )
 }
 
 #[tracepoint]

@@ -97,7 +97,7 @@ fn event(ctx: &impl EbpfContext, kind: Kind, ino: u64, index: u32, count: u32) -
 
 #[inline(always)]
 fn wakeup(kind: Kind, ino: u64) -> u64 {
-    let page = matches!(kind, Kind::Added | Kind::Used);
+    let page = matches!(kind, Kind::Added | Kind::Used | Kind::Removed);
     if !page || ino == control(Control::WatchIno) || EVENTS.query(AVAIL_DATA) > constant(&WAKE_BYTES) {
         FORCE_WAKEUP
     } else {

@@ -48,6 +48,36 @@ pub fn added(ctx: &impl EbpfContext, ino: u64, index: u64, order: u32) {
     }
 }
 
+/// A folio of `1 << order` pages leaves the page cache: should it come back, it is reported again.
+#[inline(always)]
+pub fn removed(ctx: &impl EbpfContext, ino: u64, index: u64, order: u32) {
+    let count = 1u64 << (order & 31);
+    if count <= WORD {
+        let Some(seen) = PAGES.get_ptr_mut(Key { ino, chunk: index / CHUNK_PAGES }) else { return };
+        // SAFETY: the entry lives in a map that never removes one; `word` is below WORDS.
+        unsafe {
+            fetch_and(
+                (&raw mut (*seen).added).cast::<u64>().add(word(index)),
+                !mask(index, index + count - 1),
+            )
+        };
+    }
+    emit(ctx, Kind::Removed, ino, index as u32, count as u32);
+}
+
+/// The word of a chunk's bitmap that holds page `index`.
+#[inline(always)]
+fn word(index: u64) -> usize {
+    (index / WORD) as usize & (WORDS - 1)
+}
+
+/// Bits of pages `index..=last`, which share a word.
+#[inline(always)]
+fn mask(index: u64, last: u64) -> u64 {
+    let bits = (last - index) as u32 & 63;
+    (u64::MAX >> (63 - bits)) << (index & 63)
+}
+
 /// Pages `index..=last` are used, as far as one word of the bitmap holds them; the rest comes with the next event.
 #[inline(always)]
 pub fn used(ctx: &impl EbpfContext, ino: u64, index: u64, last: u64) {
@@ -74,13 +104,11 @@ fn first(ctx: &impl EbpfContext, ino: u64, index: u64, last: u64, kind: Kind) ->
         }
     }
     let Some(seen) = seen else { return false };
-    let bits = (last - index) as u32 & 63;
-    let mask = (u64::MAX >> (63 - bits)) << (index & 63);
-    let word = (index as usize / 64) & (WORDS - 1);
+    let mask = mask(index, last);
     // SAFETY: the entry lives in a map that never removes one; `word` is below WORDS.
     let old = unsafe {
         let words = if matches!(kind, Kind::Added) { &raw mut (*seen).added } else { &raw mut (*seen).used };
-        fetch_or(words.cast::<u64>().add(word), mask)
+        fetch_or(words.cast::<u64>().add(word(index)), mask)
     };
     mask & !old != 0
 }
@@ -97,4 +125,16 @@ unsafe fn fetch_or(at: *mut u64, bits: u64) -> u64 {
         asm!("{value} = atomic_fetch_or((u64 *)({at} + 0), {value})", at = in(reg) at, value = inout(reg) value);
     }
     value
+}
+
+/// `*at &= bits`, atomically.
+///
+/// # Safety
+/// As for [`fetch_or`].
+#[inline(always)]
+unsafe fn fetch_and(at: *mut u64, bits: u64) {
+    // SAFETY: the caller's; the instruction touches nothing else (BPF_ATOMIC | BPF_AND | BPF_FETCH, Linux 5.12).
+    unsafe {
+        asm!("{value} = atomic_fetch_and((u64 *)({at} + 0), {value})", at = in(reg) at, value = inout(reg) bits => _);
+    }
 }

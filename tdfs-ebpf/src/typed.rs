@@ -51,19 +51,32 @@ fn report(ctx: &Context, result: Result<(), i32>) -> i32 {
     0
 }
 
+/// Inode, first page and order of the folio that is the first argument, if it is of the mount.
+#[inline(always)]
+fn folio(ctx: &Context) -> Result<Option<(u64, u64, u32)>, i32> {
+    let folio = Object::arg(ctx, 0);
+    let Some(ino) = inode(folio.follow(Offset::FolioMapping)?)? else { return Ok(None) };
+    let large = folio.get::<u64>(Offset::FolioFlags)? >> (offset(Offset::PgHead) & 63) & 1 != 0;
+    let order = if large { folio.get::<u8>(Offset::FolioOrder)? } else { 0 };
+    Ok(Some((ino, folio.get(Offset::FolioIndex)?, u32::from(order))))
+}
+
 /// `(folio)`
 #[btf_tracepoint(function = "mm_filemap_add_to_page_cache")]
 pub fn page_added(ctx: Context) -> i32 {
-    let read = || {
-        let folio = Object::arg(&ctx, 0);
-        if let Some(ino) = inode(folio.follow(Offset::FolioMapping)?)? {
-            let large = folio.get::<u64>(Offset::FolioFlags)? >> (offset(Offset::PgHead) & 63) & 1 != 0;
-            let order = if large { folio.get::<u8>(Offset::FolioOrder)? } else { 0 };
-            page::added(&ctx, ino, folio.get(Offset::FolioIndex)?, u32::from(order));
-        }
-        Ok(())
-    };
-    report(&ctx, read())
+    report(
+        &ctx,
+        folio(&ctx).map(|f| f.map_or((), |(ino, index, order)| page::added(&ctx, ino, index, order))),
+    )
+}
+
+/// `(folio)`
+#[btf_tracepoint(function = "mm_filemap_delete_from_page_cache")]
+pub fn page_removed(ctx: Context) -> i32 {
+    report(
+        &ctx,
+        folio(&ctx).map(|f| f.map_or((), |(ino, index, order)| page::removed(&ctx, ino, index, order))),
+    )
 }
 
 /// `(mapping, index, last_index)`

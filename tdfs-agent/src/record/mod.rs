@@ -226,7 +226,11 @@ fn finish(
         let method = tracer.method();
         let events = tracer.finish()?;
         let resident = oracle::resident(rootfs).map_err(RecordError::Residency)?;
-        let oracle = oracle::compare(&known(order::first_use(&events.pages, u64::MAX)), &resident);
+        let oracle = oracle::compare(
+            &known(order::first_use(&events.pages, u64::MAX)),
+            &known(order::left(&events.pages)),
+            &resident,
+        );
         let runs = known(order::first_use(&events.pages, moments.ready));
         (method, runs, Some(oracle), events.lost, events.diagnostics)
     } else {

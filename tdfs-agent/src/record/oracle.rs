@@ -15,12 +15,14 @@ use crate::rootfs::RootFs;
 /// How the recorded pages compare with the resident ones, all of them up to the moment the container was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Oracle {
-    /// Share of recorded pages that are resident; less than 1 if memory ran short meanwhile.
+    /// Share of recorded pages, without the evicted ones, that are resident.
     pub precision: f64,
     /// Share of resident pages that are recorded; less than 1 if the probe missed some.
     pub recall: f64,
     /// Recorded pages.
     pub recorded: u64,
+    /// Recorded pages that the kernel evicted before the comparison, and said so.
+    pub evicted: u64,
     /// Resident pages.
     pub resident: u64,
 }
@@ -44,10 +46,15 @@ pub(super) fn resident(rootfs: &RootFs) -> io::Result<HashMap<u32, PageBitmap>> 
     Ok(found)
 }
 
-/// Compares runs of known inodes, no page twice, with what is resident.
-pub(super) fn compare(recorded: &[(u32, PageRun)], resident: &HashMap<u32, PageBitmap>) -> Oracle {
+/// Compares the pages that must be `left` of `recorded` ones, each no page twice, with what is resident.
+pub(super) fn compare(
+    recorded: &[(u32, PageRun)],
+    left: &[(u32, PageRun)],
+    resident: &HashMap<u32, PageBitmap>,
+) -> Oracle {
+    let recorded: u64 = recorded.iter().map(|(_, run)| run.pages.len() as u64).sum();
     let (mut pages, mut both) = (0, 0);
-    for (ino, run) in recorded {
+    for (ino, run) in left {
         pages += run.pages.len() as u64;
         if let Some(bitmap) = resident.get(ino) {
             both += run.pages.clone().filter(|p| bitmap.contains(u64::from(*p))).count() as u64;
@@ -55,7 +62,13 @@ pub(super) fn compare(recorded: &[(u32, PageRun)], resident: &HashMap<u32, PageB
     }
     let found: u64 = resident.values().map(PageBitmap::count).sum();
     let share = |of: u64| if of == 0 { 1.0 } else { both as f64 / of as f64 };
-    Oracle { precision: share(pages), recall: share(found), recorded: pages, resident: found }
+    Oracle {
+        precision: share(pages),
+        recall: share(found),
+        recorded,
+        evicted: recorded - pages,
+        resident: found,
+    }
 }
 
 #[cfg(test)]
@@ -68,10 +81,11 @@ mod tests {
         let mut pages = PageBitmap::new(10);
         pages.insert_range(0..4);
         let resident = HashMap::from([(1, pages)]);
-        let oracle = compare(&[run(1, 0..2), run(2, 0..1)], &resident);
-        assert_eq!((oracle.recorded, oracle.resident), (3, 4));
+        let recorded = [run(1, 0..2), run(2, 0..1)];
+        let oracle = compare(&[run(1, 0..2), run(2, 0..3)], &recorded, &resident);
+        assert_eq!((oracle.recorded, oracle.evicted, oracle.resident), (5, 2, 4));
         assert!((oracle.precision - 2.0 / 3.0).abs() < 1e-9 && (oracle.recall - 0.5).abs() < 1e-9);
-        assert!((compare(&[run(1, 0..4)], &resident).recall - 1.0).abs() < 1e-9);
-        assert!((compare(&[], &HashMap::new()).recall - 1.0).abs() < 1e-9);
+        assert!((compare(&[run(1, 0..4)], &[run(1, 0..4)], &resident).recall - 1.0).abs() < 1e-9);
+        assert!((compare(&[], &[], &HashMap::new()).recall - 1.0).abs() < 1e-9);
     }
 }

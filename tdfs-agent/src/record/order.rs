@@ -4,7 +4,7 @@
 //! where it entered if nothing used it (a program's own read-ahead). Events of pages that never entered are ignored:
 //! a read reports its whole range, also what lies past the end of the file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use tdfs_common::abi::{Event, Kind};
@@ -27,7 +27,8 @@ struct First {
 
 /// The pages of `events` with a time stamp up to `cut` (CLOCK_MONOTONIC, nanoseconds), in order of first use.
 pub fn first_use(events: &[Event], cut: u64) -> Vec<PageRun> {
-    let mut events: Vec<&Event> = events.iter().filter(|e| e.ktime <= cut).collect();
+    let mut events: Vec<&Event> =
+        events.iter().filter(|e| e.ktime <= cut && e.kind != Kind::Removed as u32).collect();
     events.sort_by_key(|e| e.ktime);
     let mut pages: HashMap<(u64, u32), First> = HashMap::new();
     for (rank, event) in events.iter().enumerate() {
@@ -46,6 +47,24 @@ pub fn first_use(events: &[Event], cut: u64) -> Vec<PageRun> {
     runs(order.into_iter().map(|(_, ino, page)| (ino, page)))
 }
 
+/// The pages that entered the page cache and did not leave it again: what must be there after the last event. The kernel
+/// may evict any page at any time, and systems with proactive reclaim do so without memory pressure.
+pub fn left(events: &[Event]) -> Vec<PageRun> {
+    let mut events: Vec<&Event> = events.iter().filter(|e| e.kind != Kind::Used as u32).collect();
+    events.sort_by_key(|e| e.ktime);
+    let mut pages = BTreeSet::new();
+    for event in events {
+        for page in event.index..event.index.saturating_add(event.count) {
+            if event.kind == Kind::Added as u32 {
+                pages.insert((event.ino, page));
+            } else {
+                pages.remove(&(event.ino, page));
+            }
+        }
+    }
+    runs(pages.into_iter())
+}
+
 /// Joins pages that follow each other.
 pub fn runs(pages: impl Iterator<Item = (u64, u32)>) -> Vec<PageRun> {
     let mut runs: Vec<PageRun> = Vec::new();
@@ -60,8 +79,6 @@ pub fn runs(pages: impl Iterator<Item = (u64, u32)>) -> Vec<PageRun> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -89,6 +106,19 @@ mod tests {
         let events =
             [event(5, Kind::Added, 7, 1, 1), event(4, Kind::Used, 7, 0, 64), event(6, Kind::Added, 7, 2, 1)];
         assert_eq!(first_use(&events, 5), [PageRun { ino: 7, pages: 1..2 }]);
+    }
+
+    #[test]
+    fn an_evicted_page_was_used_but_is_not_left() {
+        let events = [
+            event(1, Kind::Added, 7, 0, 4),
+            event(2, Kind::Removed, 7, 1, 2),
+            event(3, Kind::Added, 7, 2, 1),
+            event(4, Kind::Used, 7, 1, 1),
+        ];
+        let run = |pages| PageRun { ino: 7, pages };
+        assert_eq!(left(&events), [run(0..1), run(2..4)]);
+        assert_eq!(first_use(&events, 2), [run(0..4)]);
     }
 
     proptest! {

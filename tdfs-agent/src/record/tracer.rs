@@ -151,7 +151,7 @@ pub enum What {
 /// What the probe saw.
 #[derive(Clone, Debug, Default)]
 pub struct Events {
-    /// [`Kind::Added`] and [`Kind::Used`], in no particular order.
+    /// [`Kind::Added`], [`Kind::Used`] and [`Kind::Removed`], in no particular order.
     pub pages: Vec<Event>,
     /// Events that could not be delivered.
     pub lost: u64,
@@ -193,6 +193,7 @@ impl Tracer {
         let mut tracer = Self::load(options, &offsets, Method::TpBtf)?;
         for (program, tracepoint, needed) in [
             ("page_added", "mm_filemap_add_to_page_cache", true),
+            ("page_removed", "mm_filemap_delete_from_page_cache", true),
             ("page_read", "mm_filemap_get_pages", false),
             ("page_fault", "mm_filemap_fault", false),
             ("socket_state", "inet_sock_set_state", true),
@@ -210,6 +211,7 @@ impl Tracer {
         let mut tracer = Self::load(options, &offsets, Method::Tracepoint)?;
         for (program, category, name, needed) in [
             ("classic_page_added", "filemap", "mm_filemap_add_to_page_cache", true),
+            ("classic_page_removed", "filemap", "mm_filemap_delete_from_page_cache", true),
             ("classic_page_read", "filemap", "mm_filemap_get_pages", false),
             ("classic_page_fault", "filemap", "mm_filemap_fault", false),
             ("classic_socket_state", "sock", "inet_sock_set_state", true),
@@ -399,6 +401,10 @@ fn collect(
         while let Some(record) = ring.next() {
             let Some(event) = Event::parse(&record) else { continue };
             let what = match Kind::from_u32(event.kind) {
+                Some(Kind::Removed) => {
+                    pages.push(event);
+                    continue;
+                }
                 Some(Kind::Added | Kind::Used) => {
                     pages.push(event);
                     if event.ino != watched.load(Ordering::Relaxed) {
