@@ -50,6 +50,7 @@ fn the_image_stays_as_it_was_and_its_runtime_images_coexist() -> Result<()> {
     ensure!(seen.trim() == digest, "the image's digest changed: {seen} {digest}");
 
     let (whole, artifacts) = (dir.path().join("whole"), dir.path().join("artifacts"));
+    std::fs::create_dir(&artifacts)?;
     copy(&format!("docker://{image}"), &format!("oci:{}:latest", whole.display()))?;
     let inspected = tdfs::json(["inspect", &image, "--state", &show(&dir.path().join("node"))])?;
     let runtime_images = inspected["runtime_images"].as_array().context("none")?;

@@ -171,6 +171,7 @@ impl Sandbox {
         if !created {
             let log = std::fs::read_to_string(spec.bundle.join("runc.log")).unwrap_or_default();
             let _ = remove_leftover(spec.runc_root, spec.id).await;
+            let _ = std::fs::remove_dir_all(spec.bundle);
             return Err(SandboxError::Refused { command: "create", message: message(&log) });
         }
         let forward = spec.forward == Forward::Stdout;
