@@ -9,5 +9,6 @@ pub mod node;
 pub mod oci;
 pub mod pack;
 pub mod record;
+pub mod registry;
 pub mod rootfs;
 pub mod rtpc;
