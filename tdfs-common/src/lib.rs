@@ -18,8 +18,12 @@ pub mod layer_index;
 #[cfg(feature = "std")]
 pub mod page;
 #[cfg(feature = "std")]
+pub mod proof;
+#[cfg(feature = "std")]
 pub mod runtime_image;
 #[cfg(feature = "std")]
 pub mod trace;
 #[cfg(feature = "std")]
 pub mod tree;
+#[cfg(feature = "std")]
+pub mod wire;

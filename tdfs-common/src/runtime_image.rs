@@ -171,7 +171,38 @@ impl Segment {
     }
 }
 
+/// A frame of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsedFrame {
+    /// Place in [`Service::segments`].
+    pub segment: usize,
+    /// The frame.
+    pub placed: PlacedFrame,
+}
+
 impl Service {
+    /// The frames that hold a page the service needs, in order of the first use of any of their pages. The service is
+    /// a validated one.
+    pub fn frames_by_first_use(&self) -> Vec<UsedFrame> {
+        let segments = self.segments.iter().enumerate();
+        let mut frames: Vec<Option<UsedFrame>> = segments
+            .flat_map(|(n, s)| s.placed().map(move |placed| Some(UsedFrame { segment: n, placed })))
+            .collect();
+        let ends: Vec<u64> = frames.iter().flatten().map(|f| f.placed.pages.end).collect();
+        let mut ordered = Vec::new();
+        for run in &self.runs {
+            let (mut page, stop) =
+                (u64::from(run.zone_page), u64::from(run.zone_page) + u64::from(run.count));
+            let mut at = ends.partition_point(|end| *end <= page);
+            while page < stop && at < ends.len() {
+                ordered.extend(frames[at].take());
+                page = ends[at];
+                at += 1;
+            }
+        }
+        ordered
+    }
+
     /// Zone pages below this are addressed.
     pub fn zone_pages(&self) -> u64 {
         self.segments.last().map_or(0, |s| s.base + s.pages())
@@ -299,6 +330,17 @@ mod tests {
     }
 
     #[test]
+    fn frames_come_in_order_of_first_use() {
+        let s = service(
+            vec![segment(0, 200), segment(300, 64)],
+            vec![run(1, 0, 300, 1), run(1, 1, 130, 20), run(2, 0, 60, 100), run(3, 0, 310, 2)],
+        );
+        let order: Vec<_> =
+            s.frames_by_first_use().into_iter().map(|f| (f.segment, f.placed.index)).collect();
+        assert_eq!(order, [(1, 0), (0, 2), (0, 0), (0, 1)]);
+    }
+
+    #[test]
     fn refuses_contradictions() {
         let two = || vec![segment(0, 100), segment(100, 10)];
         let with = |f: Frame| vec![Segment { frames: vec![f], ..segment(0, 1) }];
@@ -351,6 +393,17 @@ mod tests {
             let s = service(segments, runs.into_iter().map(|(i, f, z, c)| run(i, f, z, c)).collect());
             if let Ok(read) = decode::<Service>(&encode(&s).unwrap()) {
                 prop_assert!(read.needed().count() <= read.file_pages());
+                // The frames of the model: every needed page, run by run.
+                let mut order = Vec::new();
+                for page in read.runs.iter().flat_map(|r| r.zone_page..r.zone_page + r.count).map(u64::from) {
+                    let n = read.segments.iter().position(|s| s.zone_range().contains(&page)).unwrap();
+                    let placed = read.segments[n].placed().find(|f| f.pages.contains(&page)).unwrap();
+                    let frame = UsedFrame { segment: n, placed };
+                    if !order.contains(&frame) {
+                        order.push(frame);
+                    }
+                }
+                prop_assert_eq!(read.frames_by_first_use(), order);
                 prop_assert_eq!(read, s);
             }
         }
