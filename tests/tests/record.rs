@@ -27,6 +27,7 @@ use tokio::runtime::Runtime;
 const TOUCHER: &str = env!("CARGO_BIN_EXE_toucher");
 const PAGES: u64 = 3000;
 const METHODS: [Method; 2] = [Method::TpBtf, Method::Tracepoint];
+const PASSWD: &[u8] = b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/data:/bin/sh\n";
 const LONG: Duration = Duration::from_mins(1);
 
 /// An image with `toucher`, what it needs to run, and two files of PAGES pages and a bit, on a private mount.
@@ -59,8 +60,7 @@ impl Image {
         for library in ldd.split_whitespace().filter(|w| w.starts_with("/lib")) {
             copy(library, &library[1..]);
         }
-        let passwd = b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/data:/bin/sh\n".to_vec();
-        image.add("etc/passwd", Kind::File(passwd.len() as u64, vec![(0, passwd)]));
+        image.add("etc/passwd", Kind::File(PASSWD.len() as u64, vec![(0, PASSWD.to_vec())]));
 
         let (tree, layers) = image.tree();
         let dir = tempfile::tempdir().unwrap();
@@ -109,6 +109,7 @@ impl Image {
             rootfs: &self.rootfs,
             image: Digest::of(b"image"),
             configuration: &configuration,
+            accounts: Accounts { passwd: PASSWD, group: b"" },
             service: "toucher",
             args: Some(steps),
             probe: &probe.parse().unwrap(),

@@ -1,8 +1,10 @@
-//! `cargo xtask bench`: how close a start by tdfs comes to a warm one.
+//! `cargo xtask bench`: how close a start by tdfs comes to a warm one, and what recording costs.
 //!
-//! Pairs of starts of one image, interleaved so that both see the same machine: `tdfs run` with its runtime image
-//! resident, and the same command under the same runc on an overlay of the unpacked layers, whose files are in the page
-//! cache. Nothing comes over a network. Both times run from the command until the service answers.
+//! Pairs of starts of one image, interleaved so that both see the same machine. Nothing comes over a network.
+//!
+//! - `tdfs run` with its runtime image resident, next to the same command under the same runc on an overlay of the
+//!   unpacked layers, whose files are in the page cache. Both times run from the command until the service answers.
+//! - `tdfs record` with the probe attached, next to the same without.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,10 +19,9 @@ use xtask::images::{self, Cache, Compression, Image, Service};
 use xtask::table::Table;
 use xtask::{command, install, ready};
 
-/// Runs `pairs` pairs on the image called `name` and prints a table and one line of JSON.
+/// Runs `pairs` pairs of each comparison on the image called `name` and prints a table and one line of JSON.
 pub fn run(name: &str, pairs: usize) -> Result<()> {
     let image = images::recipe(name)?;
-    let service = &image.services[0];
     install::packages(install::IMAGE_PACKAGES)?;
     install::packages(install::RUN_PACKAGES)?;
     install::require_root("to mount and to run containers")?;
@@ -28,62 +29,115 @@ pub fn run(name: &str, pairs: usize) -> Result<()> {
     let layout = Cache::default().image(image, Compression::Gzip)?;
     let directory = TempDir::with_prefix_in("bench-", command::workspace().join("target"))?;
 
-    let packed = directory.path().join("packed");
-    let (ci, node) = (directory.path().join("ci"), directory.path().join("node"));
+    let mut table = Table::new(&["milliseconds", "tdfs", "reference", "ratio", "quartiles", "pairs"]);
+    let mut results = json!({ "image": name, "pairs": pairs });
+    let mut report = |key: &str, name: String, measured: &Pairs| {
+        let ratio = |quarter| format!("{:.3}", quantile(&measured.ratios(), quarter));
+        table.row(
+            &name,
+            [
+                format!("{:.0}", median(&measured.ours)),
+                format!("{:.0}", median(&measured.theirs)),
+                ratio(0.5),
+                format!("{}-{}", ratio(0.25), ratio(0.75)),
+                pairs.to_string(),
+            ],
+        );
+        results[key] = measured.json();
+    };
+    let warm = warm_start(&tdfs, image, &layout, directory.path(), pairs)?;
+    report("warm_start", format!("{name}: resident start / warm overlay"), &warm);
+    let probe = probe_cost(&tdfs, directory.path(), pairs)?;
+    report("probe_cost", "python: recorded start with probe / without".into(), &probe);
+    println!("{table}\n{results}");
+    Ok(())
+}
+
+/// A start with its runtime image resident, and one on an overlay of the unpacked layers.
+fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs: usize) -> Result<Pairs> {
+    let service = &image.services[0];
+    let (packed, node) = (directory.join("packed"), directory.join("node"));
     tdfs.json(
         Command::new(&tdfs.program)
             .arg("record")
             .arg(format!("oci:{}", layout.display()))
             .args(["--service", service.name, "--ready", service.ready])
-            .args([path("--output", &packed), path("--state", &ci)].concat()),
+            .args([path("--output", &packed), path("--state", &directory.join("ci"))].concat()),
     )?;
     let start = || {
-        tdfs.json(
+        let report = tdfs.json(
             Command::new(&tdfs.program)
                 .arg("run")
                 .arg(format!("oci:{}", packed.display()))
                 .args(["--service", service.name, "--network", "private", "--exit-when-ready"])
                 .args(path("--state", &node)),
-        )
+        )?;
+        report["total_ms"].as_f64().context("total_ms")
     };
-    let warm = WarmOverlay::new(image, service, directory.path())?;
-    // Makes the runtime image resident, and the unpacked files cached.
-    start()?;
-    warm.start()?;
+    let warm = WarmOverlay::new(image, service, directory)?;
+    Pairs::measure(pairs, start, || warm.start())
+}
 
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for pair in 0..pairs {
-        let measure_ours = || start()?["total_ms"].as_f64().context("total_ms");
-        // Whoever comes first pays for what the other left behind: take turns.
-        if pair % 2 == 0 {
-            ours.push(measure_ours()?);
-            theirs.push(warm.start()?);
-        } else {
-            theirs.push(warm.start()?);
-            ours.push(measure_ours()?);
+/// The same recording with typed tracepoints and without any probe, when the page cache is asked afterwards. The time is
+/// the container's own: from the start of its process to its end, which both learn from the kernel.
+fn probe_cost(tdfs: &Tdfs, directory: &Path, pairs: usize) -> Result<Pairs> {
+    let layout = Cache::default().image(images::recipe("python")?, Compression::Gzip)?;
+    let start = |method: &str| {
+        let report = tdfs.json(
+            Command::new(&tdfs.program)
+                .arg("record")
+                .arg(format!("oci:{}", layout.display()))
+                .args(["--service", "probe-cost", "--ready", "exit", "--method", method])
+                .args(path("--state", &directory.join("ci")))
+                .arg("--")
+                .args(["python3", "-c", "import http.server"]),
+        )?;
+        report["ready_ms"].as_f64().context("ready_ms")
+    };
+    Pairs::measure(pairs, || start("tp-btf"), || start("residency"))
+}
+
+/// Milliseconds of two things measured one after the other.
+struct Pairs {
+    ours: Vec<f64>,
+    theirs: Vec<f64>,
+}
+
+impl Pairs {
+    /// Runs both once for nothing, to warm up, and then `pairs` times.
+    fn measure(
+        pairs: usize,
+        ours: impl Fn() -> Result<f64>,
+        theirs: impl Fn() -> Result<f64>,
+    ) -> Result<Self> {
+        ours()?;
+        theirs()?;
+        let mut measured = Self { ours: Vec::new(), theirs: Vec::new() };
+        for pair in 0..pairs {
+            // Whoever comes first pays for what the other left behind: take turns.
+            if pair % 2 == 0 {
+                measured.ours.push(ours()?);
+                measured.theirs.push(theirs()?);
+            } else {
+                measured.theirs.push(theirs()?);
+                measured.ours.push(ours()?);
+            }
         }
+        Ok(measured)
     }
-    // The probe's own cost belongs here as a second pair: `tdfs record` with and without tracing on the same mount.
-    let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs).collect();
-    let result = json!({
-        "image": name,
-        "pairs": pairs,
-        "tdfs_resident_ms": median(&ours),
-        "warm_overlay_ms": median(&theirs),
-        "ratio": median(&ratios),
-    });
-    let mut table = Table::new(&["image", "tdfs, resident, ms", "warm overlay, ms", "ratio", "pairs"]);
-    table.row(
-        name,
-        [
-            format!("{:.0}", median(&ours)),
-            format!("{:.0}", median(&theirs)),
-            format!("{:.3}", median(&ratios)),
-            pairs.to_string(),
-        ],
-    );
-    println!("{table}\n{result}");
-    Ok(())
+
+    fn ratios(&self) -> Vec<f64> {
+        self.ours.iter().zip(&self.theirs).map(|(ours, theirs)| ours / theirs).collect()
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "tdfs_ms": median(&self.ours),
+            "reference_ms": median(&self.theirs),
+            "ratio": median(&self.ratios()),
+            "ratio_quartiles": [quantile(&self.ratios(), 0.25), quantile(&self.ratios(), 0.75)],
+        })
+    }
 }
 
 fn path(option: &str, path: &Path) -> Vec<String> {
@@ -91,14 +145,17 @@ fn path(option: &str, path: &Path) -> Vec<String> {
 }
 
 fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The value below which `part` of all values lie, interpolated.
+fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[middle],
-        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
-    }
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let at = part * last as f64;
+    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    low + (high - low) * at.fract()
 }
 
 struct Tdfs {
@@ -215,6 +272,7 @@ mod tests {
     fn medians() {
         assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
         assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < f64::EPSILON);
+        assert!((quantile(&[1.0, 2.0, 3.0, 4.0, 5.0], 0.25) - 2.0).abs() < f64::EPSILON);
         assert!(median(&[]).is_nan());
     }
 }

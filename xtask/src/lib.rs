@@ -10,3 +10,4 @@ pub mod install;
 pub mod ready;
 pub mod registry;
 pub mod table;
+pub mod tools;

@@ -10,6 +10,7 @@ use xtask::install;
 
 mod bench;
 mod demo;
+mod fuzz;
 mod interrupt;
 mod test;
 
@@ -53,6 +54,14 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Run the fuzz targets of every parser; needs a nightly toolchain.
+    Fuzz {
+        /// Which; all if none is named.
+        names: Vec<String>,
+        /// How long each runs.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        seconds: u32,
+    },
     /// Compare warm starts: tdfs with a resident runtime image, and an overlay of the unpacked layers.
     Bench {
         /// nginx, redis, python or pytorch.
@@ -94,6 +103,7 @@ fn run(task: Task) -> Result<()> {
         }
         Task::Demo { image } => demo::run(&image),
         Task::Test { quick } => test::run(quick),
+        Task::Fuzz { names, seconds } => fuzz::run(&names, seconds),
         Task::Bench { image, pairs } => bench::run(&image, pairs),
     }
 }

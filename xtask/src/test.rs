@@ -3,16 +3,15 @@
 //! Cheap checks come first, the tests come last: their runner's summary closes the output. Tests of the crate
 //! `tdfs-tests` mount, trace and start containers, so they run one at a time; all others run side by side.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use xtask::images::{Cache, Compression, IMAGES};
+use xtask::tools::cargo_tool;
 use xtask::{command, ebpf, install};
 
-/// A version that the pinned toolchain builds. A debug build is enough for a graph of some hundred crates and takes
-/// half the time.
+/// A version that the pinned toolchain builds.
 const CARGO_DENY: &str = "0.20.2";
 
 /// Runs all checks and tests; with `quick` only those that need neither root nor images.
@@ -84,31 +83,7 @@ fn is_ci() -> bool {
 /// Licences, sources and banned crates. Advisories are left out: their database is not on a package registry, and a
 /// new entry must not fail an unchanged tree.
 fn deny() -> Result<()> {
-    let mut program = PathBuf::from("cargo-deny");
-    if !command::exists("cargo-deny") {
-        let tools = command::workspace().join("target/tools");
-        program = tools.join("bin/cargo-deny");
-        if !program.is_file() {
-            command::run(
-                cargo()
-                    .args([
-                        "install",
-                        "cargo-deny",
-                        "--version",
-                        CARGO_DENY,
-                        "--locked",
-                        "--debug",
-                        "--quiet",
-                    ])
-                    .args(["--no-default-features", "--root"])
-                    .arg(&tools)
-                    .env("CARGO_TARGET_DIR", tools.join("build"))
-                    .env("CARGO_PROFILE_DEV_DEBUG", "0"),
-            )?;
-            // Some hundred megabytes that nothing needs any more.
-            std::fs::remove_dir_all(tools.join("build"))?;
-        }
-    }
+    let program = cargo_tool("cargo-deny", CARGO_DENY)?;
     let checks = ["--all-features", "check", "bans", "licenses", "sources"];
     command::run(Command::new(program).args(checks).current_dir(command::workspace()))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tdfs_common::digest::Digest;
+use tdfs_common::trace::Method;
 
 use crate::node;
 use crate::oci::Reference;
@@ -88,36 +89,17 @@ pub struct Destination {
     pub push: bool,
 }
 
-/// `tdfs record`
+/// What `tdfs record` and `tdfs pack` share: the image, and what becomes of the traces.
 #[derive(Args, Debug)]
-pub struct RecordArgs {
+pub struct Packing {
     /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
     pub image: Reference,
-    /// Name of the service
-    #[arg(long, value_name = "NAME")]
-    pub service: String,
     /// Group whose services share pages
     #[arg(long, value_name = "GROUP", default_value = "default")]
     pub group: String,
-    /// When the service is ready: tcp:PORT, http:URL[=STATUS], log:REGEX, open:PATH, exec:PATH,
-    /// uprobe:PATH:SYMBOL or exit[=CODE]
-    #[arg(long, value_name = "PROBE")]
-    pub ready: Probe,
-    /// Give up when not ready by then
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
-    pub timeout: Duration,
-    /// Record this many runs and pack what any of them touched
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub runs: u32,
-    /// Also save the trace
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
     /// Pack although events were lost: the start will fetch what is missing on demand
     #[arg(long)]
     pub allow_incomplete: bool,
-    /// Network of the container
-    #[arg(long, value_enum, default_value_t = Net::Private)]
-    pub network: Net,
     /// Where the runtime image goes
     #[command(flatten)]
     pub destination: Destination,
@@ -129,29 +111,45 @@ pub struct RecordArgs {
     pub command: Vec<String>,
 }
 
+/// `tdfs record`
+#[derive(Args, Debug)]
+pub struct RecordArgs {
+    /// Name of the service
+    #[arg(long, value_name = "NAME")]
+    pub service: String,
+    /// When the service is ready: tcp:PORT, http:URL[=STATUS], log:REGEX, open:PATH, exec:PATH,
+    /// uprobe:PATH:SYMBOL or exit[=CODE]
+    #[arg(long, value_name = "PROBE")]
+    pub ready: Probe,
+    /// Give up when not ready by then
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Record this many runs and pack what any of them touched
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+    /// Trace this way instead of the best that the kernel allows
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub method: Option<TraceMethod>,
+    /// Also save the trace
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Network of the container
+    #[arg(long, value_enum, default_value_t = Net::Private)]
+    pub network: Net,
+    /// The image and the runtime image
+    #[command(flatten)]
+    pub packing: Packing,
+}
+
 /// `tdfs pack`
 #[derive(Args, Debug)]
 pub struct PackArgs {
-    /// registry/repo:tag, …@sha256:… or oci:DIR[:tag]
-    pub image: Reference,
     /// Traces saved by `tdfs record --trace`; those of one service merge
     #[arg(long, value_name = "FILE", required = true)]
     pub trace: Vec<PathBuf>,
-    /// Group whose services share pages
-    #[arg(long, value_name = "GROUP", default_value = "default")]
-    pub group: String,
-    /// Pack although events were lost
-    #[arg(long)]
-    pub allow_incomplete: bool,
-    /// Where the runtime image goes
+    /// The image and the runtime image
     #[command(flatten)]
-    pub destination: Destination,
-    /// Registries and directories
-    #[command(flatten)]
-    pub common: Common,
-    /// Command that replaces the image's
-    #[arg(last = true, value_name = "CMD")]
-    pub command: Vec<String>,
+    pub packing: Packing,
 }
 
 /// Which runtime image a start uses.
@@ -237,6 +235,17 @@ pub enum Pull {
     Always,
 }
 
+/// How touched pages are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TraceMethod {
+    /// Typed tracepoints: needs BTF
+    TpBtf,
+    /// Classic tracepoints
+    Tracepoint,
+    /// The page cache after the run, without BPF: exact pages, order unknown
+    Residency,
+}
+
 /// Network of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Net {
@@ -244,6 +253,16 @@ pub enum Net {
     Host,
     /// Its own, with loopback only
     Private,
+}
+
+impl From<TraceMethod> for Method {
+    fn from(method: TraceMethod) -> Self {
+        match method {
+            TraceMethod::TpBtf => Self::TpBtf,
+            TraceMethod::Tracepoint => Self::Tracepoint,
+            TraceMethod::Residency => Self::Residency,
+        }
+    }
 }
 
 impl From<Net> for Network {

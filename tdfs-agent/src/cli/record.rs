@@ -12,12 +12,12 @@ use tdfs_common::page::PAGE_SIZE;
 use tdfs_common::trace::{Method, Trace};
 use tokio::runtime::Handle;
 
-use super::args::{Destination, PackArgs, RecordArgs};
+use super::args::{Destination, PackArgs, Packing, RecordArgs};
 use super::{interruptible, print, progress};
 use crate::node::{self, Prepared, State};
 use crate::oci::{ClientOptions, Image, Reference, Store};
 use crate::pack::{self, Pack, Report, ServiceInput, merge_traces, read_group};
-use crate::record::sandbox::Forward;
+use crate::record::sandbox::{Accounts, Forward};
 use crate::record::{Oracle, RecordInput, Recording, tracer};
 use crate::rootfs::RootFs;
 
@@ -70,7 +70,7 @@ struct Whole {
 
 /// Records a service and, with a destination, attaches its runtime image.
 pub async fn record(args: &RecordArgs, json: bool) -> anyhow::Result<ExitCode> {
-    let state = args.common.state().await?;
+    let state = args.packing.common.state().await?;
     let result = interruptible(record_and_attach(args, &state)).await;
     if result.is_err() {
         // An interrupted recording may have left a container behind.
@@ -102,9 +102,9 @@ pub async fn record(args: &RecordArgs, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 async fn record_and_attach(args: &RecordArgs, state: &State) -> anyhow::Result<RecordReport> {
-    let client = args.common.client(&args.image)?;
-    let whole = pull(state, &args.image, &client).await?;
-    let command = (!args.command.is_empty()).then(|| args.command.clone());
+    let packing = &args.packing;
+    let whole = pull(state, packing).await?;
+    let command = packing.command();
     let mut traces = Vec::new();
     let mut last: Option<Recording> = None;
     for run in 0..args.runs {
@@ -123,7 +123,7 @@ async fn record_and_attach(args: &RecordArgs, state: &State) -> anyhow::Result<R
     let mut report = RecordReport {
         image: whole.image.digest,
         service: trace.service.clone(),
-        group: args.group.clone(),
+        group: packing.group.clone(),
         pages: trace.pages(),
         files: trace.files.len() as u64,
         bytes: trace.pages() * PAGE_SIZE as u64,
@@ -136,20 +136,9 @@ async fn record_and_attach(args: &RecordArgs, state: &State) -> anyhow::Result<R
         runs: args.runs,
         runtime_image: None,
     };
-    if args.destination.is_given() {
+    if packing.destination.is_given() {
         let services = vec![ServiceInput { trace, args: command }];
-        report.runtime_image = Some(
-            attach(
-                state,
-                &args.image,
-                &whole,
-                &args.destination,
-                &args.group,
-                services,
-                args.allow_incomplete,
-            )
-            .await?,
-        );
+        report.runtime_image = Some(attach(state, packing, &whole, services).await?);
     }
     Ok(report)
 }
@@ -160,6 +149,7 @@ async fn record_once(
     whole: &Whole,
     command: Option<&[String]>,
 ) -> anyhow::Result<Recording> {
+    let (passwd, group) = whole.prepared.accounts(&whole.image).await?;
     let (id, dir) = state.new_run()?;
     let source = whole.prepared.cold_source();
     let tree = Arc::clone(&whole.prepared.tree);
@@ -168,6 +158,7 @@ async fn record_once(
         rootfs: &rootfs,
         image: whole.image.digest,
         configuration: &whole.image.configuration,
+        accounts: Accounts { passwd: &passwd, group: &group },
         service: &args.service,
         args: command,
         probe: &args.ready,
@@ -176,7 +167,7 @@ async fn record_once(
         forward: Forward::Stderr,
         id: &id,
         runc_root: &state.runc(),
-        method: None,
+        method: args.method.map(Into::into),
         ring_bytes: tracer::RING_BYTES,
     })
     .await;
@@ -186,24 +177,22 @@ async fn record_once(
 
 /// Packs saved traces.
 pub async fn pack(args: &PackArgs, json: bool) -> anyhow::Result<ExitCode> {
-    if !args.destination.is_given() {
+    let packing = &args.packing;
+    if !packing.destination.is_given() {
         bail!("nowhere to put the runtime image: give --output or --push");
     }
     let mut services: Vec<ServiceInput> = Vec::new();
     for path in &args.trace {
         let trace = read_trace(path)?;
-        let command = (!args.command.is_empty()).then(|| args.command.clone());
         match services.iter_mut().find(|s| s.trace.service == trace.service) {
             Some(known) => known.trace = merge_traces(&[known.trace.clone(), trace])?,
-            None => services.push(ServiceInput { trace, args: command }),
+            None => services.push(ServiceInput { trace, args: packing.command() }),
         }
     }
-    let state = args.common.state().await?;
-    let client = args.common.client(&args.image)?;
+    let state = packing.common.state().await?;
     let packed = interruptible(async {
-        let whole = pull(&state, &args.image, &client).await?;
-        attach(&state, &args.image, &whole, &args.destination, &args.group, services, args.allow_incomplete)
-            .await
+        let whole = pull(&state, packing).await?;
+        attach(&state, packing, &whole, services).await
     })
     .await?;
     let text = format!(
@@ -227,9 +216,9 @@ fn read_trace(path: &Path) -> anyhow::Result<Trace> {
         .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
-async fn pull(state: &State, reference: &Reference, client: &ClientOptions) -> anyhow::Result<Whole> {
-    let store = Store::open(reference, client)?;
-    let image = store.resolve(reference).await?;
+async fn pull(state: &State, packing: &Packing) -> anyhow::Result<Whole> {
+    let store = Store::open(&packing.image, &packing.common.client(&packing.image)?)?;
+    let image = store.resolve(&packing.image).await?;
     let bar = progress::bytes("pulling");
     let pulled =
         Prepared::pull(state, &store, &image, &|done, total| progress::show(&bar, done, total)).await;
@@ -241,19 +230,17 @@ async fn pull(state: &State, reference: &Reference, client: &ClientOptions) -> a
 /// Packs `services` into the group at the destination and attaches them to the image there.
 async fn attach(
     state: &State,
-    reference: &Reference,
+    options: &Packing,
     whole: &Whole,
-    destination: &Destination,
-    group: &str,
     services: Vec<ServiceInput>,
-    allow_incomplete: bool,
 ) -> anyhow::Result<Packed> {
-    let store = match &destination.output {
+    let group = options.group.as_str();
+    let store = match &options.destination.output {
         None => whole.store.clone(),
         Some(dir) => {
             let store = Store::open(&Reference::layout(dir), &ClientOptions::default())?;
             if store.location() != whole.store.location() {
-                whole.store.copy_image(&whole.image, &store, reference.tag()).await?;
+                whole.store.copy_image(&whole.image, &store, options.image.tag()).await?;
             }
             store
         }
@@ -266,7 +253,7 @@ async fn attach(
         group,
         existing: &existing,
         services,
-        allow_incomplete,
+        allow_incomplete: options.allow_incomplete,
         scratch: state.root(),
     };
     let layers = &whole.prepared.layers;
@@ -282,6 +269,12 @@ async fn attach(
     let attached =
         pack::attach(&store, &whole.image, &packed, &whole.prepared.tree, &whole.index, windows).await?;
     Ok(Packed { manifests: attached.iter().map(|a| a.manifest.digest).collect(), report: packed.report })
+}
+
+impl Packing {
+    fn command(&self) -> Option<Vec<String>> {
+        (!self.command.is_empty()).then(|| self.command.clone())
+    }
 }
 
 impl Destination {

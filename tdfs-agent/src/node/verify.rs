@@ -10,13 +10,11 @@ use std::sync::Arc;
 use serde::Serialize;
 use tdfs_common::digest::Digest;
 use tdfs_common::page::PAGE_SIZE;
-use tdfs_common::runtime_image::Run;
-use tdfs_common::tree::{Body, Tree};
 
 use super::{NodeError, Prepared, State};
 use crate::fetch::{ImageLayers, Progress, fetch};
 use crate::oci::{Image, Store};
-use crate::pack::{self, Choice};
+use crate::pack::{self, Choice, FileRun};
 use crate::rtpc::Zone;
 
 /// What was found right.
@@ -74,7 +72,9 @@ pub async fn verify(
         zone.data_file()
             .read_exact_at(&mut pages, u64::from(run.zone_page) * PAGE_SIZE as u64)
             .map_err(|source| NodeError::State { path: zone.path().to_owned(), source })?;
-        if pages != file_pages(&whole, run).await? {
+        let touched = FileRun { ino: run.ino, page: run.file_page, count: run.count };
+        let read = |layer, offset, len| whole.layers.read(layer, offset, len);
+        if pages != pack::read_pages(&whole.tree, touched, &read).await? {
             let path = String::from_utf8_lossy(&whole.tree.paths()[run.ino as usize]).into_owned();
             return Err(wrong(format!("pages {}+{} of {path:?} are other bytes", run.file_page, run.count)));
         }
@@ -86,23 +86,4 @@ pub async fn verify(
         spans,
         inodes: whole.tree.inodes.len(),
     })
-}
-
-/// The pages of a run out of the layers: holes and the tail are zeros.
-async fn file_pages(whole: &Prepared, run: &Run) -> Result<Vec<u8>, NodeError> {
-    let mut pages = vec![0; run.count as usize * PAGE_SIZE];
-    let start = u64::from(run.file_page) * PAGE_SIZE as u64;
-    let end = start + pages.len() as u64;
-    let tree: &Tree = &whole.tree;
-    let Body::Regular { extents, .. } = &tree.inodes[run.ino as usize].body else { return Ok(pages) };
-    for extent in extents {
-        let from = extent.file_offset.max(start);
-        let to = (extent.file_offset + extent.len).min(end);
-        if from < to {
-            let offset = extent.layer_offset + (from - extent.file_offset);
-            let data = whole.layers.read(extent.layer, offset, (to - from) as usize).await?;
-            pages[(from - start) as usize..(to - start) as usize].copy_from_slice(&data);
-        }
-    }
-    Ok(pages)
 }

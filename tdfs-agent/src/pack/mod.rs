@@ -28,7 +28,9 @@ use crate::oci::OciError;
 
 pub use attach::{Attached, attach, read_group};
 pub use load::{Available, Choice, LoadedRuntimeImage, list, load};
+pub(crate) use segment::read_pages;
 pub use segment::{Group, Pack, Packed, Report, SegmentFile, ServiceInput};
+pub(crate) use trace::FileRun;
 pub use trace::merge_traces;
 
 /// Why there is no runtime image.

@@ -244,7 +244,7 @@ where
 }
 
 /// The content of file pages: extents from the layers, zeros in holes and past the end.
-async fn read_pages<R, F>(tree: &Tree, run: FileRun, read: &R) -> Result<Vec<u8>, PackError>
+pub(crate) async fn read_pages<R, F>(tree: &Tree, run: FileRun, read: &R) -> Result<Vec<u8>, PackError>
 where
     R: Fn(u32, u64, usize) -> F,
     F: Future<Output = Result<Bytes, FetchError>>,

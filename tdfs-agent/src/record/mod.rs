@@ -28,7 +28,7 @@ pub mod tracer;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -67,9 +67,6 @@ pub enum RecordError {
     /// The page cache cannot be asked.
     #[error("page cache of the image: {0}")]
     Residency(io::Error),
-    /// The image's accounts.
-    #[error("accounts of the image: {0}")]
-    Accounts(io::Error),
 }
 
 /// What to record.
@@ -80,6 +77,8 @@ pub struct RecordInput<'a> {
     pub image: Digest,
     /// Its configuration.
     pub configuration: &'a ImageConfiguration,
+    /// Its accounts, read without a trace in the page cache.
+    pub accounts: Accounts<'a>,
     /// Name of the service.
     pub service: &'a str,
     /// Arguments in place of the image's `Cmd`.
@@ -128,8 +127,6 @@ pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
     let rootfs = input.rootfs;
     // What we read ourselves comes before the tracer, which remembers pages for good.
     let target = Target::find(input.probe, rootfs)?;
-    let accounts = tokio::task::block_in_place(|| read_accounts(rootfs, input.configuration));
-    let accounts = accounts.map_err(RecordError::Accounts)?;
     let mut tracer = attach(&input)?;
     let overlay = Overlay::mount(rootfs.path(), &rootfs.dir().join(input.id))?;
     let readiness = match &mut tracer {
@@ -144,7 +141,7 @@ pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
         workload: Workload {
             configuration: input.configuration,
             args: input.args,
-            accounts: Accounts { passwd: &accounts[0], group: &accounts[1] },
+            accounts: input.accounts,
             network: input.network,
         },
         forward: input.forward,
@@ -315,22 +312,4 @@ impl<'a> ImageFile<'a> {
 
 fn os_path(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
-}
-
-/// `/etc/passwd` and `/etc/group` of the image, if its configuration needs them, without a trace in the page cache.
-fn read_accounts(rootfs: &RootFs, configuration: &ImageConfiguration) -> io::Result<[Vec<u8>; 2]> {
-    /// More than any image's accounts.
-    const LIMIT: u64 = 4 << 20;
-    let user = configuration.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
-    let mut contents = [Vec::new(), Vec::new()];
-    if Accounts::needed(&user) {
-        for (path, content) in ["/etc/passwd", "/etc/group"].into_iter().zip(&mut contents) {
-            if let Some(found) = ImageFile::find(rootfs, path.as_bytes()) {
-                let file = found.open(rootfs)?;
-                (&file).take(LIMIT).read_to_end(content)?;
-                residency::forget(&file)?;
-            }
-        }
-    }
-    Ok(contents)
 }

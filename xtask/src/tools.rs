@@ -1,0 +1,36 @@
+//! Programs from crates.io that checks run: taken from the PATH, or else built once into `target/tools`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::command;
+
+/// The program of crate `name`, built in `version` unless some version of it is on the PATH.
+///
+/// # Errors
+///
+/// When cargo cannot build it.
+pub fn cargo_tool(name: &str, version: &str) -> Result<PathBuf> {
+    if command::exists(name) {
+        return Ok(name.into());
+    }
+    let tools = command::workspace().join("target/tools");
+    let program = tools.join("bin").join(name);
+    if !program.is_file() {
+        // A debug build takes half the time and is fast enough for what these programs do here.
+        command::run(
+            Command::new("cargo")
+                .args(["install", name, "--version", version, "--locked", "--debug", "--quiet"])
+                .args(["--no-default-features", "--root"])
+                .arg(&tools)
+                .env("CARGO_TARGET_DIR", tools.join("build"))
+                .env("CARGO_PROFILE_DEV_DEBUG", "0"),
+        )?;
+        // Some hundred megabytes that nothing needs any more.
+        fs::remove_dir_all(tools.join("build"))?;
+    }
+    Ok(program)
+}
