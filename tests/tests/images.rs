@@ -6,14 +6,15 @@ use anyhow::{Context as _, Result};
 use tdfs_tests::fingerprint::Fingerprint;
 use tdfs_tests::images::{Compression, IMAGES, Unpacked, image, image_with, recipe};
 use xtask::containerd::Containerd;
+use xtask::network::Place;
 use xtask::registry::Registry;
 
 /// The default service of every image answers under containerd, from an image that came through a registry.
 #[test]
 fn run_under_containerd() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let registry = Registry::start(directory.path())?;
-    let containerd = Containerd::start(directory.path())?;
+    let registry = Registry::start(directory.path(), &Place::here())?;
+    let containerd = Containerd::start(directory.path(), &Place::here())?;
     for recipe in IMAGES {
         let reference = registry.push(&image(recipe.name)?, recipe.name)?;
         let before = registry.traffic()?;
@@ -27,8 +28,8 @@ fn run_under_containerd() -> Result<()> {
 #[test]
 fn run_every_service_of_one_image() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let registry = Registry::start(directory.path())?;
-    let containerd = Containerd::start(directory.path())?;
+    let registry = Registry::start(directory.path(), &Place::here())?;
+    let containerd = Containerd::start(directory.path(), &Place::here())?;
     let python = recipe("python")?;
     let reference = registry.push(&image("python")?, "python")?;
     assert!(python.services.len() > 1);

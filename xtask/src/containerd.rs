@@ -13,10 +13,12 @@ use tempfile::TempDir;
 
 use crate::daemon::{Daemon, wait_until};
 use crate::images::Service;
+use crate::network::Place;
 use crate::{command, ready};
 
 /// A running containerd of our own; it and all that it holds are gone when it is dropped.
 pub struct Containerd {
+    place: Place,
     /// Sockets and the state of running containers: short paths, as in `/run/containerd`.
     run: TempDir,
     // In this order: the server ends before its files go.
@@ -36,8 +38,8 @@ pub struct Start {
 }
 
 impl Containerd {
-    /// Starts containerd with its images below `parent`.
-    pub fn start(parent: &Path) -> Result<Self> {
+    /// Starts containerd at `place` with its images below `parent`.
+    pub fn start(parent: &Path, place: &Place) -> Result<Self> {
         let root = TempDir::with_prefix_in("containerd-", parent)?;
         let run = TempDir::with_prefix_in("tdfs-containerd-", "/run")?;
         let socket = run.path().join("sock");
@@ -53,16 +55,16 @@ impl Containerd {
         fs::write(&config, text).with_context(|| config.display().to_string())?;
         let is_up = || UnixStream::connect(&socket).is_ok();
         let daemon = Daemon::start(
-            Command::new("containerd").arg("--config").arg(&config),
+            place.command("containerd").arg("--config").arg(&config),
             &root.path().join("log"),
             is_up,
         )?;
-        Ok(Self { run, _daemon: daemon, _root: root })
+        Ok(Self { place: place.clone(), run, _daemon: daemon, _root: root })
     }
 
-    /// `ctr` that talks to it.
+    /// `ctr` that talks to it; it fetches what it pulls itself.
     pub fn ctr(&self) -> Command {
-        let mut ctr = Command::new("ctr");
+        let mut ctr = self.place.command("ctr");
         ctr.arg("--address").arg(self.run.path().join("sock"));
         ctr
     }
@@ -72,7 +74,8 @@ impl Containerd {
         self.run.path().file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Pulls `image` over plain HTTP, runs `service` until it answers, and removes the container.
+    /// Pulls `image` over plain HTTP, runs `service` until it answers, and removes the container. At the end of a link
+    /// the container shares its network.
     pub fn start_service(&self, image: &str, service: &Service) -> Result<Start> {
         let pid_file = self.run.path().join("pid");
         let t0 = Instant::now();
@@ -83,12 +86,12 @@ impl Containerd {
             self.ctr()
                 .args(["run", "--detach", "--pid-file"])
                 .arg(&pid_file)
+                .args(self.place.namespace().map(|_| "--net-host"))
                 .args([image, &self.container()])
                 .args(service.command),
         )?;
         let t2 = Instant::now();
-        let pid = fs::read_to_string(&pid_file)?.trim().parse().context("process id of the container")?;
-        ready::wait(service, pid)?;
+        ready::wait_at(&self.place, service, &pid_file)?;
         Ok(Start { pull: t1 - t0, start: t2 - t1, ready: t2.elapsed() })
     }
 }

@@ -13,6 +13,7 @@ use xtask::command;
 use xtask::containerd::Containerd;
 use xtask::images::{self, Cache, Compression};
 use xtask::install;
+use xtask::network::Place;
 use xtask::registry::{Registry, Traffic};
 use xtask::table::Table;
 
@@ -33,7 +34,7 @@ pub fn run(name: &str) -> Result<()> {
     let layout = Cache::default().image(image, Compression::Gzip)?;
 
     let directory = TempDir::with_prefix_in("demo-", command::workspace().join("target"))?;
-    let registry = Registry::start(directory.path())?;
+    let registry = Registry::start(directory.path(), &Place::here())?;
     step("pushing the image to a registry on loopback");
     let reference = registry.push(&layout, name)?;
 
@@ -64,7 +65,7 @@ pub fn run(name: &str) -> Result<()> {
     step("starting it the usual way: containerd pulls the whole image");
     let mut table = Table::new(&["", "containerd, full pull", "tdfs, empty node", "tdfs, again"]);
     let before = registry.traffic()?;
-    let full = Containerd::start(directory.path())?.start_service(&reference, service)?;
+    let full = Containerd::start(directory.path(), &Place::here())?.start_service(&reference, service)?;
     let full_traffic = registry.traffic()? - before;
 
     step("starting it with tdfs on an empty node, and once more");

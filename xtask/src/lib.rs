@@ -7,6 +7,7 @@ mod daemon;
 pub mod ebpf;
 pub mod images;
 pub mod install;
+pub mod network;
 pub mod ready;
 pub mod registry;
 pub mod table;

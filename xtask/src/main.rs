@@ -62,14 +62,10 @@ enum Task {
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         seconds: u32,
     },
-    /// Compare warm starts: tdfs with a resident runtime image, and an overlay of the unpacked layers.
+    /// Measure starts next to others, in turns; everything if nothing is named.
     Bench {
-        /// nginx, redis, python or pytorch.
-        #[arg(long, value_name = "NAME", default_value = "python")]
-        image: String,
-        /// Pairs of starts.
-        #[arg(long, value_name = "N", default_value_t = 10)]
-        pairs: usize,
+        #[command(subcommand)]
+        bench: Option<bench::Bench>,
     },
 }
 
@@ -104,6 +100,6 @@ fn run(task: Task) -> Result<()> {
         Task::Demo { image } => demo::run(&image),
         Task::Test { quick } => test::run(quick),
         Task::Fuzz { names, seconds } => fuzz::run(&names, seconds),
-        Task::Bench { image, pairs } => bench::run(&image, pairs),
+        Task::Bench { bench } => bench::run(bench),
     }
 }

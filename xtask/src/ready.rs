@@ -1,24 +1,36 @@
 //! Waits until a service answers, from inside its network namespace.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
 
 use crate::images::Service;
+use crate::network::Place;
 
 /// The longest start that is waited for.
 const TIMEOUT: Duration = Duration::from_mins(2);
 /// How often it is asked: well below what a start takes, without taking a processor from it.
 const POLL: Duration = Duration::from_millis(1);
 
-/// Returns as soon as `service`, one of whose processes is `pid`, answers.
-pub fn wait(service: &Service, pid: u32) -> Result<()> {
-    let namespace = format!("/proc/{pid}/ns/net");
-    let namespace = File::open(&namespace).with_context(|| namespace.clone())?;
+/// Returns as soon as `service` answers: in the network at the end of a link, or else in that of the container whose
+/// process id is in `pid_file`.
+pub fn wait_at(place: &Place, service: &Service, pid_file: &Path) -> Result<()> {
+    if let Some(namespace) = place.namespace() {
+        return wait_in(service, namespace, None);
+    }
+    let pid = fs::read_to_string(pid_file)?;
+    wait_in(service, &format!("/proc/{}/ns/net", pid.trim()), None)
+}
+
+/// Returns as soon as `service` answers in a network namespace, or `starter`, which brings it up, has failed.
+pub fn wait_in(service: &Service, namespace: &str, mut starter: Option<&mut Child>) -> Result<()> {
+    let namespace = File::open(namespace).with_context(|| namespace.to_owned())?;
     // Only this thread enters the namespace, and it ends there.
     std::thread::scope(|scope| {
         let poll = scope.spawn(|| {
@@ -27,6 +39,11 @@ pub fn wait(service: &Service, pid: u32) -> Result<()> {
             while !answers(service) {
                 if started.elapsed() > TIMEOUT {
                     bail!("{} does not answer", service.name);
+                }
+                if let Some(child) = &mut starter
+                    && let Some(status) = child.try_wait()?
+                {
+                    bail!("{} did not come up: {status}", service.name);
                 }
                 std::thread::sleep(POLL);
             }

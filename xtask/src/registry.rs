@@ -1,9 +1,8 @@
-//! A docker-registry of our own on a free loopback port, and what it says was asked of it.
+//! A docker-registry of our own on a free port, and what it says was asked of it.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -11,9 +10,11 @@ use tempfile::TempDir;
 
 use crate::command;
 use crate::daemon::Daemon;
+use crate::network::Place;
 
 /// A running registry; it and all that was pushed to it are gone when it is dropped.
 pub struct Registry {
+    place: Place,
     address: SocketAddr,
     log: PathBuf,
     // In this order: the server ends before its files go.
@@ -31,8 +32,8 @@ pub struct Traffic {
 }
 
 impl Registry {
-    /// Starts a registry whose files lie below `parent`.
-    pub fn start(parent: &Path) -> Result<Self> {
+    /// Starts a registry at `place` whose files lie below `parent`.
+    pub fn start(parent: &Path, place: &Place) -> Result<Self> {
         let directory = TempDir::with_prefix_in("registry-", parent)?;
         let config = directory.path().join("config.json");
         // JSON is YAML too.
@@ -40,22 +41,36 @@ impl Registry {
             "version": "0.1",
             "log": { "level": "info" },
             "storage": { "filesystem": { "rootdirectory": directory.path().join("data") } },
-            "http": { "addr": "127.0.0.1:0" },
+            "http": { "addr": format!("{}:0", place.address) },
         });
         fs::write(&config, settings.to_string()).with_context(|| config.display().to_string())?;
         let log = directory.path().join("log");
         let listening = || fs::read_to_string(&log).ok().as_deref().and_then(address_in);
         let is_up = || listening().is_some();
-        let daemon = Daemon::start(Command::new("docker-registry").arg("serve").arg(&config), &log, is_up)?;
+        let daemon = Daemon::start(place.command("docker-registry").arg("serve").arg(&config), &log, is_up)?;
         let address = listening().context("the address of the registry")?;
-        Ok(Self { address, log, _daemon: daemon, _directory: directory })
+        Ok(Self { place: place.clone(), address, log, _daemon: daemon, _directory: directory })
+    }
+
+    /// Starts our own server, the program `tdfs`, the same way.
+    pub fn start_tdfs(tdfs: &Path, parent: &Path, place: &Place) -> Result<Self> {
+        let directory = TempDir::with_prefix_in("tdfs-registry-", parent)?;
+        let log = directory.path().join("log");
+        let mut server = place.command(tdfs);
+        server.arg("registry").arg("--root").arg(directory.path().join("data"));
+        server.args(["--listen", &format!("{}:0", place.address)]);
+        let listening = || fs::read_to_string(&log).ok().as_deref().and_then(address_in);
+        let daemon = Daemon::start(&mut server, &log, || listening().is_some())?;
+        let address = listening().context("the address of the registry")?;
+        Ok(Self { place: place.clone(), address, log, _daemon: daemon, _directory: directory })
     }
 
     /// Pushes the image of an OCI layout as `repository:latest`; returns the reference.
     pub fn push(&self, layout: &Path, repository: &str) -> Result<String> {
         let reference = format!("{}/{repository}:latest", self.address);
         command::output(
-            Command::new("skopeo")
+            self.place
+                .command("skopeo")
                 .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
                 .arg(format!("oci:{}:latest", layout.display()))
                 .arg(format!("docker://{reference}")),

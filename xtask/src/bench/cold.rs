@@ -1,0 +1,186 @@
+//! Starts of empty nodes behind links of known bandwidth, by every method, in turns.
+//!
+//! ```text
+//! registries, images, a recording          once
+//!   image -> rate -> round -> method       reset the node, start, count what passed the link
+//! ```
+//!
+//! A start that fails is a row of the result like any other. The floor of a start is the longer of a warm start and the
+//! time that the compressed pages take on the wire; nothing can be faster.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use tempfile::TempDir;
+use xtask::images::{self, Cache, Compression, IMAGES, Image};
+use xtask::network::{Link, Place, Rate, Side};
+use xtask::registry::Registry;
+use xtask::{command, install};
+
+use super::ColdArgs;
+use super::methods::{FullPull, Method, Start, Tdfs, Warm};
+use super::peer::{Description, Peer};
+use super::report::{self, Results};
+use super::warm::WarmOverlay;
+
+/// One start.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    /// Image.
+    pub image: String,
+    /// Bandwidth of the link, bits per second.
+    pub rate: u64,
+    /// Method.
+    pub method: String,
+    /// Turn.
+    pub round: usize,
+    /// Bytes that the node received.
+    pub link_bytes: u64,
+    /// Packets that the node received.
+    pub link_packets: u64,
+    /// What the start told, unless it failed.
+    #[serde(flatten)]
+    pub start: Option<Start>,
+    /// Why it failed.
+    pub failed: Option<String>,
+}
+
+/// The registries, and where the programs run.
+struct Site {
+    registry: Registry,
+    ours: Registry,
+    server: Place,
+    node: Place,
+    tdfs: PathBuf,
+}
+
+/// Measures and writes the results.
+pub fn run(args: &ColdArgs) -> Result<()> {
+    install::packages(install::IMAGE_PACKAGES)?;
+    install::packages(install::RUN_PACKAGES)?;
+    install::packages(install::NETWORK_PACKAGES)?;
+    install::require_root("to mount, to run containers and to make networks")?;
+    let names: Vec<&str> = match &args.image[..] {
+        [] => IMAGES.iter().map(|image| image.name).collect(),
+        named => named.iter().map(String::as_str).collect(),
+    };
+    let chosen = names.iter().map(|name| images::recipe(name)).collect::<Result<Vec<_>>>()?;
+    let peers = args.peer.iter().map(|path| Description::read(path)).collect::<Result<Vec<_>>>()?;
+    let tdfs = crate::demo::build_release()?;
+    let directory = TempDir::with_prefix_in("bench-", command::workspace().join("target"))?;
+    let link = Link::new(u8::try_from(std::process::id() % 200)?)?;
+    let (server, node) = (link.place(Side::Registry), link.place(Side::Node));
+    let registry = Registry::start(directory.path(), &server)?;
+    let ours = Registry::start_tdfs(&tdfs, directory.path(), &server)?;
+    let site = Site { registry, ours, server, node, tdfs };
+
+    let mut results = Results::new(args.rounds);
+    for image in chosen {
+        eprintln!("==> {}: images and a recording", image.name);
+        let work = TempDir::with_prefix_in(format!("{}-", image.name), directory.path())?;
+        let mut methods = methods(&site, image, work.path(), &peers)?;
+        methods.retain(|m| args.method.is_empty() || args.method.iter().any(|part| m.name().contains(part)));
+        for &rate in &args.rate {
+            for round in 0..args.rounds {
+                // Whoever comes next meets what the one before left behind: another one each round.
+                methods.rotate_left(usize::from(round > 0));
+                for method in &mut methods {
+                    let sample = measure(&link, rate, image.name, round, &mut **method)?;
+                    eprintln!("{}", report::line(&sample));
+                    results.samples.push(sample);
+                }
+            }
+        }
+    }
+    let output = command::workspace().join(&args.output);
+    results.write(&output)?;
+    println!("{}\nwritten to {}", results.table(), output.display());
+    Ok(())
+}
+
+fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn Method) -> Result<Sample> {
+    // Pushing and preparing need no limit.
+    link.shape(None)?;
+    method.reset()?;
+    link.shape(Some(rate))?;
+    let before = link.passed()?;
+    let started = method.start();
+    let passed = link.passed()? - before;
+    let (start, failed) = match started {
+        Ok(start) => (Some(start), None),
+        Err(error) => (None, Some(format!("{error:#}"))),
+    };
+    Ok(Sample {
+        image: image.to_owned(),
+        rate: rate.bits,
+        method: method.name().to_owned(),
+        round,
+        link_bytes: passed.bytes,
+        link_packets: passed.packets,
+        start,
+        failed,
+    })
+}
+
+/// Pushes and records the image, and prepares every method for it.
+fn methods<'a>(
+    site: &Site,
+    image: &'static Image,
+    work: &'a Path,
+    peers: &[Description],
+) -> Result<Vec<Box<dyn Method + 'a>>> {
+    let service = &image.services[0];
+    let mut layouts = BTreeMap::new();
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        layouts.insert(compression == Compression::Zstd, Cache::default().image(image, compression)?);
+    }
+    let gzip = site.registry.push(&layouts[&false], image.name)?;
+    let zstd = site.registry.push(&layouts[&true], &format!("{}-zstd", image.name))?;
+    let ours = site.ours.push(&layouts[&false], image.name)?;
+    let trace = work.join("trace");
+    let tdfs = |command: &str, reference: &str| {
+        let mut tdfs = site.server.command(&site.tdfs);
+        tdfs.args([command, reference, "--plain-http", "--push", "--state"]).arg(work.join("ci"));
+        tdfs.arg("--trace").arg(&trace);
+        tdfs
+    };
+    command::output(tdfs("record", &gzip).args(["--service", service.name, "--ready", service.ready]))
+        .context("recording")?;
+    command::output(&mut tdfs("pack", &ours)).context("packing")?;
+
+    let full = |name, reference: &str| FullPull {
+        name,
+        place: site.node.clone(),
+        directory: work,
+        reference: reference.to_owned(),
+        service,
+        containerd: None,
+    };
+    let cold = |name, reference: &str, options: &[&'static str]| Tdfs {
+        name,
+        place: site.node.clone(),
+        program: site.tdfs.clone(),
+        directory: work,
+        reference: reference.to_owned(),
+        service,
+        options: options.to_vec(),
+        state: None,
+    };
+    let mut methods: Vec<Box<dyn Method + 'a>> = vec![
+        Box::new(Warm(WarmOverlay::new(image, service, work, &site.node)?)),
+        Box::new(full("full pull, gzip", &gzip)),
+        Box::new(full("full pull, zstd", &zstd)),
+        Box::new(cold("tdfs, ranges", &gzip, &["--start", "fetched"])),
+        Box::new(cold("tdfs, ranges, streaming", &gzip, &["--start", "streaming"])),
+        Box::new(cold("tdfs, page service", &ours, &["--start", "fetched"])),
+        Box::new(cold("tdfs, page service, streaming", &ours, &["--start", "streaming"])),
+        Box::new(cold("tdfs", &ours, &[])),
+    ];
+    for peer in peers {
+        let images = (gzip.clone(), zstd.clone());
+        methods.push(Box::new(Peer::new(peer.clone(), &site.node, work, images, service)?));
+    }
+    Ok(methods)
+}

@@ -1,0 +1,81 @@
+//! `cargo xtask bench`: what a start costs, measured side by side.
+//!
+//! - `pairs.rs`: how close a start with everything on the node comes to a warm one, and what the probe costs.
+//! - `cold.rs`: empty nodes behind links of known bandwidth, by every method: the table of the README.
+//!
+//! Everything that is compared runs in turns in one run, under the same runc, until the same client gets an answer.
+
+mod cold;
+mod methods;
+mod pairs;
+mod peer;
+mod report;
+mod statistics;
+mod warm;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use xtask::network::Rate;
+
+/// What to measure; everything if nothing is named.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Starts of empty nodes behind links of known bandwidth.
+    Cold(ColdArgs),
+    /// A resident start next to a warm overlay, and a recording next to one without its probe.
+    Pairs(PairsArgs),
+}
+
+/// Options of `bench cold`.
+#[derive(Args, Clone, Debug)]
+pub struct ColdArgs {
+    /// nginx, redis, python or pytorch; may be given several times [default: all]
+    #[arg(long, value_name = "NAME")]
+    image: Vec<String>,
+    /// Bandwidth; may be given several times
+    #[arg(long, value_name = "RATE", default_values = ["10gbit", "1gbit", "100mbit"])]
+    rate: Vec<Rate>,
+    /// Starts by each method
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: usize,
+    /// Only methods whose name contains this; may be given several times
+    #[arg(long, value_name = "NAME")]
+    method: Vec<String>,
+    /// Another way to start a container, described in a TOML file; may be given several times
+    #[arg(long, value_name = "FILE")]
+    peer: Vec<PathBuf>,
+    /// Where results.json, table.md and report.html go
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    output: PathBuf,
+}
+
+/// Options of `bench pairs`.
+#[derive(Args, Clone, Debug)]
+pub struct PairsArgs {
+    /// nginx, redis, python or pytorch
+    #[arg(long, value_name = "NAME", default_value = "python")]
+    image: String,
+    /// Pairs of starts
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pairs: usize,
+}
+
+#[derive(clap::Parser)]
+struct Defaults {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+/// Runs one benchmark, or both with their defaults.
+pub fn run(bench: Option<Bench>) -> Result<()> {
+    match bench {
+        Some(Bench::Cold(args)) => cold::run(&args),
+        Some(Bench::Pairs(args)) => pairs::run(&args.image, args.pairs),
+        None => ["pairs", "cold"].into_iter().try_for_each(|name| {
+            let defaults = <Defaults as clap::Parser>::parse_from(["bench", name]);
+            run(Some(defaults.bench))
+        }),
+    }
+}

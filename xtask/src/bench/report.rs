@@ -1,0 +1,266 @@
+//! The results as JSON, as a Markdown table and as a page.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+use xtask::network::Rate;
+use xtask::table::Table;
+
+use super::cold::Sample;
+use super::statistics::{median, quantile};
+
+/// Everything that was measured, and where.
+#[derive(Debug, Serialize)]
+pub struct Results {
+    /// What the machine is, in words.
+    pub machine: String,
+    /// Starts by each method.
+    pub rounds: usize,
+    /// In the order they were made.
+    pub samples: Vec<Sample>,
+}
+
+/// A row of the table: all rounds of one method.
+struct Row<'a> {
+    image: &'a str,
+    rate: Rate,
+    method: &'a str,
+    ready: Vec<f64>,
+    bytes: Vec<f64>,
+    packets: Vec<f64>,
+    requests: Vec<f64>,
+    memory: Vec<f64>,
+    failed: usize,
+    floor: f64,
+}
+
+impl Results {
+    /// Without samples yet.
+    pub fn new(rounds: usize) -> Self {
+        Self { machine: machine(), rounds, samples: Vec::new() }
+    }
+
+    /// The table, for people.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new(&[
+            "image, link, method",
+            "ready, ms",
+            "quartiles",
+            "÷ floor",
+            "MB received",
+            "packets",
+            "requests",
+            "MB of memory",
+            "failed",
+        ]);
+        for row in self.rows() {
+            let whole = |values: &[f64]| shown(median(values), 0);
+            table.row(
+                &format!("{}, {}, {}", row.image, row.rate, row.method),
+                [
+                    whole(&row.ready),
+                    format!(
+                        "{}-{}",
+                        shown(quantile(&row.ready, 0.25), 0),
+                        shown(quantile(&row.ready, 0.75), 0)
+                    ),
+                    shown(median(&row.ready) / row.floor, 2),
+                    shown(median(&row.bytes) / 1e6, 1),
+                    whole(&row.packets),
+                    whole(&row.requests),
+                    shown(median(&row.memory) / 1e6, 0),
+                    row.failed.to_string(),
+                ],
+            );
+        }
+        table
+    }
+
+    /// Writes `results.json`, `table.md` and `report.html`.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+        let write = |name: &str, text: &str| {
+            let path = directory.join(name);
+            fs::write(&path, text).with_context(|| path.display().to_string())
+        };
+        write("results.json", &serde_json::to_string_pretty(self)?)?;
+        write("table.md", &format!("{}\n\n{}", self.machine, self.table()))?;
+        write("report.html", &self.page())
+    }
+
+    fn rows(&self) -> Vec<Row<'_>> {
+        let mut rows: Vec<Row<'_>> = Vec::new();
+        for sample in &self.samples {
+            let rate = Rate { bits: sample.rate };
+            let same = |r: &Row<'_>| (r.image, r.rate, r.method) == (&*sample.image, rate, &*sample.method);
+            let at = rows.iter().position(same).unwrap_or_else(|| {
+                rows.push(Row {
+                    image: &sample.image,
+                    rate,
+                    method: &sample.method,
+                    ready: Vec::new(),
+                    bytes: Vec::new(),
+                    packets: Vec::new(),
+                    requests: Vec::new(),
+                    memory: Vec::new(),
+                    failed: 0,
+                    floor: self.floor(&sample.image, rate),
+                });
+                rows.len() - 1
+            });
+            let row = &mut rows[at];
+            let Some(start) = &sample.start else {
+                row.failed += 1;
+                continue;
+            };
+            row.ready.push(start.ready_ms);
+            row.bytes.push(sample.link_bytes as f64);
+            row.packets.push(sample.link_packets as f64);
+            row.memory.extend(start.memory.map(|bytes| bytes as f64));
+            row.requests.extend(start.report.as_ref().and_then(requests));
+        }
+        rows.sort_by(|a, b| (a.image, b.rate.bits).cmp(&(b.image, a.rate.bits)));
+        rows
+    }
+
+    /// Milliseconds below which no start of `image` can be: a warm one, or its compressed pages on the wire. NaN where
+    /// neither was measured.
+    fn floor(&self, image: &str, rate: Rate) -> f64 {
+        let of = |value: &dyn Fn(&Sample) -> Option<f64>| {
+            let mine = self.samples.iter().filter(|s| s.image == image && s.rate == rate.bits);
+            median(&mine.filter_map(value).collect::<Vec<_>>())
+        };
+        let warm = of(&|s| s.start.as_ref().filter(|_| s.method == "warm start").map(|start| start.ready_ms));
+        let wire = of(&|s| {
+            let bytes = s.start.as_ref()?.report.as_ref()?["bytes_fetched"].as_f64()?;
+            (bytes > 0.0).then_some(bytes * 8000.0 / rate.bits as f64)
+        });
+        warm.max(wire)
+    }
+
+    /// A page without anything from elsewhere: the table as bars.
+    fn page(&self) -> String {
+        let mut body = String::new();
+        let rows = self.rows();
+        for group in rows.chunk_by(|a, b| (a.image, a.rate) == (b.image, b.rate)) {
+            let _ = write!(body, "<h2>{}, {}</h2><table>", group[0].image, group[0].rate);
+            let longest = group.iter().map(|row| median(&row.ready)).fold(0.0, f64::max);
+            for row in group {
+                let ready = median(&row.ready);
+                let share = 100.0 * ready / longest;
+                let _ = write!(
+                    body,
+                    "<tr><td>{}</td><td class=bar><div style=\"width:{share:.1}%\"></div></td><td>{} ms \
+                     ({}-{})</td><td>{} MB</td><td>{}</td></tr>",
+                    escaped(row.method),
+                    shown(ready, 0),
+                    shown(quantile(&row.ready, 0.25), 0),
+                    shown(quantile(&row.ready, 0.75), 0),
+                    shown(median(&row.bytes) / 1e6, 1),
+                    if row.failed > 0 { format!("{} failed", row.failed) } else { String::new() },
+                );
+            }
+            let _ = write!(body, "</table><p>floor: {} ms</p>", shown(group[0].floor, 0));
+        }
+        format!(
+            "<!doctype html><meta charset=utf-8><title>tdfs benchmark</title><style>body{{font:14px system-ui;\
+             margin:2em;max-width:70em}}td{{padding:.2em .8em .2em 0;white-space:nowrap}}.bar{{width:100%}}\
+             .bar div{{background:#47a;height:1em}}</style><h1>Empty node to ready</h1><p>{}; medians of {} \
+             starts each, quartiles in brackets.</p>{body}",
+            escaped(&self.machine),
+            self.rounds,
+        )
+    }
+}
+
+/// One sample, as it is made.
+pub fn line(sample: &Sample) -> String {
+    let what = format!("{}, {}, {}", sample.image, Rate { bits: sample.rate }, sample.method);
+    match (&sample.start, &sample.failed) {
+        (Some(start), _) => {
+            format!("{what}: {:.0} ms, {:.1} MB", start.ready_ms, sample.link_bytes as f64 / 1e6)
+        }
+        (None, failed) => format!("{what}: failed, {}", failed.as_deref().unwrap_or_default()),
+    }
+}
+
+fn requests(report: &Value) -> Option<f64> {
+    Some(report["metadata_requests"].as_f64()? + report["data_requests"].as_f64()?)
+}
+
+fn shown(value: f64, digits: usize) -> String {
+    if value.is_finite() { format!("{value:.digits$}") } else { "–".into() }
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
+}
+
+/// Processor, memory, kernel and day.
+fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.split_once(':'));
+        line.map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
+    };
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let memory: f64 =
+        field(&read("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(f64::NAN);
+    let date =
+        xtask::command::output(std::process::Command::new("date").arg("+%Y-%m-%d")).unwrap_or_default();
+    format!(
+        "{}: {cores} × {}, {:.0} GiB, Linux {}",
+        date.trim(),
+        field(&read("/proc/cpuinfo"), "model name"),
+        memory / f64::from(1 << 20),
+        read("/proc/sys/kernel/osrelease").trim(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::methods::Start;
+    use super::*;
+
+    fn sample(method: &str, ready: Option<f64>, fetched: u64) -> Sample {
+        let start = |ready_ms| Start {
+            ready_ms,
+            memory: None,
+            report: Some(json!({ "bytes_fetched": fetched, "metadata_requests": 1, "data_requests": 2 })),
+        };
+        Sample {
+            image: "a".into(),
+            rate: 8_000_000,
+            method: method.into(),
+            round: 0,
+            link_bytes: 1_500_000,
+            link_packets: 3,
+            start: ready.map(start),
+            failed: ready.is_none().then(|| "<gone>".into()),
+        }
+    }
+
+    #[test]
+    fn a_row_is_a_method_and_failures_are_shown() {
+        let samples = vec![
+            sample("warm start", Some(300.0), 0),
+            sample("x", Some(2000.0), 1_000_000),
+            sample("x", None, 0),
+            sample("x", Some(3000.0), 1_000_000),
+        ];
+        let results = Results { machine: "m<".into(), rounds: 3, samples };
+        let rows = results.rows();
+        assert_eq!(rows.len(), 2);
+        // A million bytes at a million bytes per second.
+        assert!((rows[1].floor - 1000.0).abs() < 1e-6);
+        let table = results.table().to_string();
+        assert!(table.contains("2500") && table.contains("2.50"), "{table}");
+        assert!(results.page().contains("1 failed") && results.page().contains("m&lt;"));
+    }
+}

@@ -1,0 +1,116 @@
+//! The warm start that others are measured against: the same command under the same runc on an overlay of the unpacked
+//! layers.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::{Value, json};
+use xtask::images::{Cache, Image, Service};
+use xtask::network::Place;
+use xtask::{command, ready};
+
+/// The service on an overlay of the unpacked layers under runc.
+pub struct WarmOverlay<'a> {
+    place: Place,
+    service: &'a Service,
+    bundle: PathBuf,
+    lower: String,
+    id: String,
+}
+
+impl<'a> WarmOverlay<'a> {
+    /// Prepares starts at `place`; what they need lies in `directory`.
+    pub fn new(image: &Image, service: &'a Service, directory: &Path, place: &Place) -> Result<Self> {
+        let layers = Cache::default().unpacked(image)?;
+        let layers: Vec<_> = layers.iter().map(|layer| layer.display().to_string()).collect();
+        let bundle = directory.join("bundle");
+        for sub in ["rootfs", "upper", "work"] {
+            fs::create_dir_all(bundle.join(sub))?;
+        }
+        command::output(Command::new("runc").args(["spec", "--bundle"]).arg(&bundle))?;
+        let file = bundle.join("config.json");
+        let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+        spec["root"] = json!({ "path": "rootfs", "readonly": false });
+        spec["process"]["terminal"] = json!(false);
+        spec["process"]["args"] = json!(service.command);
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = json!(CAPABILITIES);
+        }
+        if place.namespace().is_some()
+            && let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut()
+        {
+            namespaces.retain(|namespace| namespace["type"] != "network");
+        }
+        fs::write(&file, spec.to_string())?;
+        Ok(Self {
+            place: place.clone(),
+            service,
+            bundle,
+            lower: layers.join(":"),
+            id: format!("tdfs-bench-{}", std::process::id()),
+        })
+    }
+
+    /// Milliseconds from mounting to the first answer.
+    pub fn start(&self) -> Result<f64> {
+        let at = |sub: &str| self.bundle.join(sub);
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            self.lower,
+            at("upper").display(),
+            at("work").display()
+        );
+        let started = Instant::now();
+        mount(Some("overlay"), &at("rootfs"), Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .context("mount the overlay")?;
+        let _running = Running(self);
+        // The container keeps these streams: pipes would never end.
+        command::run(
+            self.place
+                .command("runc")
+                .args(["run", "--detach", "--pid-file"])
+                .arg(at("pid"))
+                .arg("--bundle")
+                .arg(&self.bundle)
+                .arg(&self.id)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        )?;
+        ready::wait_at(&self.place, self.service, &at("pid"))?;
+        Ok(started.elapsed().as_secs_f64() * 1000.0)
+    }
+}
+
+/// What containers usually may do.
+const CAPABILITIES: [&str; 11] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+];
+
+/// Ends the container and unmounts its root when dropped.
+struct Running<'a>(&'a WarmOverlay<'a>);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let _ = command::output(Command::new("runc").args(["delete", "--force", &self.0.id]));
+        let _ = umount2(&self.0.bundle.join("rootfs"), MntFlags::MNT_DETACH);
+        for sub in ["upper", "work"] {
+            let _ = fs::remove_dir_all(self.0.bundle.join(sub));
+            let _ = fs::create_dir(self.0.bundle.join(sub));
+        }
+    }
+}

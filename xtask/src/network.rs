@@ -1,0 +1,227 @@
+//! Two network namespaces, a registry's and a node's, with a link of known bandwidth between them.
+//!
+//! ```text
+//! namespace "registry"  10.231.N.1 [veth]=========[veth] 10.231.N.2  namespace "node"
+//!                              tbf in both directions
+//! ```
+//!
+//! Programs enter by `nsenter --net`: `ip netns exec` would mount another /sys and hide the cgroups from runc. Both
+//! namespaces are gone when the link is dropped; one left by a killed process is removed by the next with its name.
+
+use std::ffi::OsStr;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::command;
+
+/// Bandwidth of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Bits per second.
+    pub bits: u64,
+}
+
+/// Which end of the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where servers run.
+    Registry,
+    /// Where containers start.
+    Node,
+}
+
+/// What passed the node's end of the link since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Bytes received, with Ethernet headers.
+    pub bytes: u64,
+    /// Packets received; several segments count as one where the kernel hands them on together.
+    pub packets: u64,
+}
+
+/// A network to run programs in.
+#[derive(Clone, Debug)]
+pub struct Place {
+    namespace: Option<String>,
+    /// The address to listen on there.
+    pub address: String,
+}
+
+impl Place {
+    /// This machine's own network, on loopback.
+    pub fn here() -> Self {
+        Self { namespace: None, address: "127.0.0.1".into() }
+    }
+
+    /// The file that stands for it, unless it is this machine's own.
+    pub fn namespace(&self) -> Option<&str> {
+        self.namespace.as_deref()
+    }
+
+    /// `program` in this network.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let Some(namespace) = &self.namespace else { return Command::new(program) };
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={namespace}")).arg("--").arg(program);
+        command
+    }
+}
+
+/// Two namespaces and the link between them.
+#[derive(Debug)]
+pub struct Link {
+    name: String,
+    subnet: u8,
+}
+
+impl Link {
+    /// Makes a link without a limit. `number` tells links apart that exist at the same time.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel has no namespaces or veth, or this process may not make them.
+    pub fn new(number: u8) -> Result<Self> {
+        let link = Self { name: format!("tdfs-bench{number}"), subnet: number };
+        link.remove();
+        for side in [Side::Registry, Side::Node] {
+            ip(&["netns", "add", &link.namespace(side)])?;
+        }
+        let (registry, node) = (link.namespace(Side::Registry), link.namespace(Side::Node));
+        ip(&[
+            "link", "add", DEVICE, "netns", &registry, "type", "veth", "peer", "name", DEVICE, "netns", &node,
+        ])?;
+        for side in [Side::Registry, Side::Node] {
+            let namespace = link.namespace(side);
+            ip(&["-n", &namespace, "addr", "add", &format!("{}/24", link.address(side)), "dev", DEVICE])?;
+            for device in [DEVICE, "lo"] {
+                ip(&["-n", &namespace, "link", "set", device, "up"])?;
+            }
+        }
+        Ok(link)
+    }
+
+    /// The address of one end.
+    pub fn address(&self, side: Side) -> String {
+        format!("10.231.{}.{}", self.subnet, if side == Side::Registry { 1 } else { 2 })
+    }
+
+    /// Limits both directions to `rate`, or to nothing.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel has no token bucket filter.
+    pub fn shape(&self, rate: Option<Rate>) -> Result<()> {
+        for side in [Side::Registry, Side::Node] {
+            let namespace = self.namespace(side);
+            let tc = |arguments: &[&str]| {
+                command::output(Command::new("tc").args(["-n", &namespace, "qdisc"]).args(arguments))
+            };
+            // There is none to delete before the first time.
+            let _ = tc(&["del", "dev", DEVICE, "root"]);
+            if let Some(Rate { bits }) = rate {
+                let bytes = bits / 8;
+                // The bucket holds 4 ms and the largest packet that the kernel hands on whole; the queue, 50 ms.
+                let (burst, limit) = ((bytes / 250).max(128 << 10), (bytes / 20).max(256 << 10));
+                let [rate, burst, limit] = [format!("{bits}bit"), burst.to_string(), limit.to_string()];
+                tc(&["add", "dev", DEVICE, "root", "tbf", "rate", &rate, "burst", &burst, "limit", &limit])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the node received so far.
+    ///
+    /// # Errors
+    ///
+    /// When `ip` fails.
+    pub fn passed(&self) -> Result<Passed> {
+        let node = self.namespace(Side::Node);
+        let shown = ip(&["-n", &node, "-s", "-j", "link", "show", "dev", DEVICE])?;
+        let shown: Value = serde_json::from_str(&shown).context("the JSON of ip")?;
+        let received = &shown[0]["stats64"]["rx"];
+        let number = |name: &str| received[name].as_u64().with_context(|| format!("{name} in {received}"));
+        Ok(Passed { bytes: number("bytes")?, packets: number("packets")? })
+    }
+
+    /// One end, to run programs at.
+    pub fn place(&self, side: Side) -> Place {
+        Place { namespace: Some(format!("/run/netns/{}", self.namespace(side))), address: self.address(side) }
+    }
+
+    fn namespace(&self, side: Side) -> String {
+        format!("{}-{}", self.name, if side == Side::Registry { "registry" } else { "node" })
+    }
+
+    fn remove(&self) {
+        for side in [Side::Registry, Side::Node] {
+            let _ = ip(&["netns", "del", &self.namespace(side)]);
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+impl std::ops::Sub for Passed {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self { bytes: self.bytes - earlier.bytes, packets: self.packets - earlier.packets }
+    }
+}
+
+impl std::str::FromStr for Rate {
+    type Err = String;
+
+    /// `100mbit`, `1gbit`
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || format!("{text:?} is not a bandwidth such as 100mbit or 1gbit");
+        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?);
+        let factor = match unit {
+            "kbit" => 1_000,
+            "mbit" => 1_000_000,
+            "gbit" => 1_000_000_000,
+            _ => return Err(bad()),
+        };
+        let number: u64 = digits.parse().map_err(|_| bad())?;
+        let bits = number.checked_mul(factor).filter(|bits| *bits > 0).ok_or_else(bad)?;
+        Ok(Self { bits })
+    }
+}
+
+impl std::fmt::Display for Rate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.bits {
+            bits if bits % 1_000_000_000 == 0 => write!(f, "{} Gb/s", bits / 1_000_000_000),
+            bits if bits % 1_000_000 == 0 => write!(f, "{} Mb/s", bits / 1_000_000),
+            bits => write!(f, "{} kb/s", bits / 1_000),
+        }
+    }
+}
+
+/// Both ends have this name: each is in its own namespace.
+const DEVICE: &str = "tdfs";
+
+fn ip(arguments: &[&str]) -> Result<String> {
+    command::output(Command::new("ip").args(arguments))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates() {
+        for (text, shown) in [("100mbit", "100 Mb/s"), ("10gbit", "10 Gb/s"), ("1500mbit", "1500 Mb/s")] {
+            assert_eq!(text.parse::<Rate>().map(|r| r.to_string()), Ok(shown.to_owned()));
+        }
+        for bad in ["", "mbit", "0gbit", "1gb", "10", "99999999999999gbit"] {
+            assert!(bad.parse::<Rate>().is_err(), "{bad}");
+        }
+    }
+}
