@@ -60,7 +60,7 @@ use crate::envelope::{Format, FormatError, ensure};
 use crate::layer_index::LayerIndex;
 use crate::page::PAGE_SIZE;
 use crate::proof::{self, PageSet};
-use crate::runtime_image::{FRAME_PAGES, SEGMENTS_MAX, Service};
+use crate::runtime_image::{FRAME_PAGES, Service};
 use crate::tree::Tree;
 
 /// Media type of a request.
@@ -95,7 +95,7 @@ const PLAIN: u8 = 1;
 pub struct Request {
     /// Of which runtime image.
     pub wanted: Wanted,
-    /// What the node has; every other page the service needs is sent.
+    /// What the node has, each segment once; every other page the service needs is sent.
     pub held: Vec<Held>,
     /// How the node would like pages to be sent.
     pub encoding: Encoding,
@@ -291,16 +291,15 @@ struct RawHead {
 impl Request {
     /// What the node holds of a segment of `pages` pages, page 0 being the segment's first.
     pub fn held_of(&self, segment: &Digest, pages: u64) -> PageBitmap {
-        let mut all = PageBitmap::new(pages);
-        for held in self.held.iter().filter(|h| h.segment == *segment) {
-            match &held.pages {
-                HeldPages::All => all.insert_range(0..pages),
-                HeldPages::Some(bits) => {
-                    PageBitmap::from_bytes(bits, pages).runs().for_each(|run| all.insert_range(run));
-                }
+        match self.held.iter().find(|h| h.segment == *segment).map(|h| &h.pages) {
+            Some(HeldPages::All) => {
+                let mut all = PageBitmap::new(pages);
+                all.insert_range(0..pages);
+                all
             }
+            Some(HeldPages::Some(bits)) => PageBitmap::from_bytes(bits, pages),
+            None => PageBitmap::new(pages),
         }
-        all
     }
 }
 
@@ -313,7 +312,10 @@ impl Format for Request {
 
     fn validate(&self) -> Result<(), FormatError> {
         let ok = |c: bool, reason: &str| ensure(c, Self::NAME, || reason.to_owned());
-        ok(self.held.len() <= HELD_MAX.min(SEGMENTS_MAX), "too many segments")?;
+        ok(self.held.len() <= HELD_MAX, "too many segments")?;
+        let mut segments: Vec<&Digest> = self.held.iter().map(|h| &h.segment).collect();
+        segments.sort_unstable();
+        ok(segments.is_sorted_by(|a, b| a < b), "a segment twice")?;
         if let Wanted::Image { reference, platform, choice, known } = &self.wanted {
             ok(known.len() <= KNOWN_MAX, "too many known blobs")?;
             ok(platform.len() <= 128, "platform too long")?;
@@ -377,14 +379,14 @@ pub fn check_stream_header(bytes: &[u8; STREAM_HEADER_LEN]) -> Result<(), Format
 }
 
 impl Head {
-    /// The head of a blob with this content, and the start of its body; `None` where it is over a limit.
-    pub fn blob(part: Part, media_type: &str, digest: &Digest, content: &[u8]) -> Option<(Self, Vec<u8>)> {
+    /// The head of a blob of `size` bytes, and what its body holds before them; `None` where it is over a limit.
+    pub fn blob(part: Part, media_type: &str, digest: &Digest, size: u64) -> Option<(Self, Vec<u8>)> {
         let media_type_len = media_type.len();
-        if media_type_len > MEDIA_TYPE_MAX || content.len() > part.limit() {
+        if media_type_len > MEDIA_TYPE_MAX || size > part.limit() as u64 {
             return None;
         }
         let start = [&digest.as_bytes()[..], media_type.as_bytes()].concat();
-        let len = start.len() + content.len();
+        let len = start.len() + size as usize;
         Some((Self { kind: Kind::Blob { part, media_type_len }, len }, start))
     }
 
@@ -533,8 +535,13 @@ mod tests {
         let pages = prop_oneof![Just(HeldPages::All), bits.prop_map(HeldPages::Some)];
         let held = (digest(), pages).prop_map(|(segment, pages)| Held { segment, pages });
         let encoding = prop_oneof![Just(Encoding::Stored), Just(Encoding::Plain)];
-        (wanted(), proptest::collection::vec(held, 0..20), encoding)
-            .prop_map(|(wanted, held, encoding)| Request { wanted, held, encoding })
+        (wanted(), proptest::collection::vec(held, 0..20), encoding).prop_map(
+            |(wanted, mut held, encoding)| {
+                held.sort_by_key(|h| h.segment);
+                held.dedup_by_key(|h| h.segment);
+                Request { wanted, held, encoding }
+            },
+        )
     }
 
     fn head() -> impl Strategy<Value = Head> {
@@ -656,13 +663,13 @@ mod tests {
     #[test]
     fn blobs_over_a_limit_are_not_written() {
         let d = Digest::of(b"");
-        let (head, start) = Head::blob(Part::Image, "a/b", &d, b"xyz").unwrap();
+        let (head, start) = Head::blob(Part::Image, "a/b", &d, 3).unwrap();
         assert_eq!(Head::decode(&head.encode()).unwrap(), head);
         let body = [&start[..], b"xyz"].concat();
         let Kind::Blob { media_type_len, .. } = head.kind else { panic!() };
         assert_eq!(blob_body(media_type_len, &body).unwrap(), (d, "a/b", &b"xyz"[..]));
-        assert!(Head::blob(Part::Image, &"x".repeat(256), &d, b"").is_none());
-        assert!(Head::blob(Part::Image, "", &d, &vec![0; (4 << 20) + 1]).is_none());
+        assert!(Head::blob(Part::Image, &"x".repeat(256), &d, 0).is_none());
+        assert!(Head::blob(Part::Image, "", &d, (4 << 20) + 1).is_none());
     }
 
     #[test]
@@ -673,11 +680,15 @@ mod tests {
             encoding: Encoding::Stored,
         };
         let held = |pages| Held { segment: Digest::of(b"s"), pages };
+        let many = (0..=HELD_MAX as u32)
+            .map(|n| Held { segment: Digest::of(&n.to_le_bytes()), ..held(HeldPages::All) })
+            .collect();
         let image =
             |reference, choice, known| Wanted::Image { reference, platform: "l/a".into(), choice, known };
         let tag = |len: usize| Reference::Tag("x".repeat(len));
         let bad = [
-            Request { held: vec![held(HeldPages::All); HELD_MAX + 1], ..base.clone() },
+            Request { held: many, ..base.clone() },
+            Request { held: vec![held(HeldPages::All); 2], ..base.clone() },
             Request { wanted: image(tag(0), Choice::Any, vec![]), ..base.clone() },
             Request { wanted: image(tag(129), Choice::Any, vec![]), ..base.clone() },
             Request { wanted: image(tag(1), Choice::Service("x".repeat(4097)), vec![]), ..base.clone() },
@@ -699,14 +710,13 @@ mod tests {
     }
 
     #[test]
-    fn held_pages_of_a_segment_are_united_and_cut_at_its_end() {
+    fn held_pages_are_cut_at_the_end_of_their_segment() {
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
         let some = |bits: &[u8]| HeldPages::Some(bits.to_vec());
         let request = Request {
             wanted: Wanted::Pages { image: a, artifact: b },
             held: vec![
-                Held { segment: a, pages: some(&[0b101]) },
-                Held { segment: a, pages: some(&[0b1000, 0xff]) },
+                Held { segment: a, pages: some(&[0b1101, 0xff]) },
                 Held { segment: b, pages: HeldPages::All },
             ],
             encoding: Encoding::Plain,

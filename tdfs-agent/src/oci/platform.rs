@@ -71,7 +71,7 @@ impl Platform {
 
     /// The manifest for this platform out of an index; of equally good ones the first. Entries without a platform
     /// count only if there is exactly one image and nothing to choose.
-    pub(super) fn choose<'a>(
+    pub(crate) fn choose<'a>(
         &self,
         image: &str,
         entries: &'a [Descriptor],

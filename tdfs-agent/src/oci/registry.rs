@@ -381,14 +381,15 @@ impl Endpoint {
         Ok(bytes)
     }
 
-    /// Opens `range` of a blob of `size` bytes. The answer's body is the range, at least by what its head says.
+    /// Opens `range` of a blob, of `size` bytes if that is known. The answer's body is the range, at least by what its
+    /// head says.
     pub async fn open_blob(
         &self,
         digest: &Digest,
-        size: u64,
+        size: Option<u64>,
         range: &Range<u64>,
     ) -> Result<Answer, OciError> {
-        let whole = *range == (0..size);
+        let whole = size.is_some_and(|size| *range == (0..size));
         let last = range.end - 1;
         let mut request = Outgoing::new(Method::GET, self.url(&format!("blobs/{digest}"))?, Kind::Data);
         if !whole {
@@ -399,17 +400,22 @@ impl Endpoint {
         let wrong = |got: String| OciError::Range { url: answer.url.clone(), start: range.start, last, got };
         match answer.status() {
             StatusCode::OK if whole => match answer.length() {
-                Some(got) if got != size => Err(OciError::Size { what: answer.url, expected: size, got }),
+                Some(got) if got != range.end => {
+                    Err(OciError::Size { what: answer.url, expected: range.end, got })
+                }
                 _ => Ok(answer),
             },
             StatusCode::OK => Err(wrong("the whole blob: this server ignores ranges".into())),
             StatusCode::RANGE_NOT_SATISFIABLE => Err(wrong("status 416: no such range".into())),
             StatusCode::PARTIAL_CONTENT => {
                 let content_range = answer.header(CONTENT_RANGE).unwrap_or("no Content-Range");
-                if parse_content_range(content_range) != Some((range.start, last, Some(size)))
-                    && parse_content_range(content_range) != Some((range.start, last, None))
-                {
-                    return Err(wrong(format!("{content_range:?} of {size} bytes")));
+                let right = parse_content_range(content_range).is_some_and(|(first, end, whole)| {
+                    let same_size = size.is_none() || whole.is_none() || whole == size;
+                    (first, end) == (range.start, last) && same_size
+                });
+                if !right {
+                    let of = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
+                    return Err(wrong(format!("{content_range:?}{of}")));
                 }
                 match answer.length() {
                     Some(length) if length != range.end - range.start => {

@@ -172,9 +172,24 @@ impl Store {
             return Err(OciError::malformed(what, format_args!("no bytes {range:?}, it has {size}")));
         }
         match &self.backend {
-            Backend::Registry(registry) => stream::download(registry.clone(), *digest, size, range).await,
+            Backend::Registry(registry) => {
+                stream::download(registry.clone(), *digest, Some(size), range).await
+            }
             Backend::Layout { layout, counters } => {
-                stream::read(layout.clone(), counters.clone(), *digest, size, range).await
+                stream::read(layout.clone(), counters.clone(), *digest, Some(size), range).await
+            }
+        }
+    }
+
+    /// The same of a blob whose size is not known.
+    pub async fn blob_part(&self, digest: &Digest, range: Range<u64>) -> Result<ByteStream, OciError> {
+        if range.start > range.end {
+            return Err(OciError::malformed(digest.to_string(), format_args!("no bytes {range:?}")));
+        }
+        match &self.backend {
+            Backend::Registry(registry) => stream::download(registry.clone(), *digest, None, range).await,
+            Backend::Layout { layout, counters } => {
+                stream::read(layout.clone(), counters.clone(), *digest, None, range).await
             }
         }
     }

@@ -30,7 +30,8 @@ const PIECE: usize = 256 << 10;
 struct Download {
     registry: Arc<Registry>,
     digest: Digest,
-    size: u64,
+    /// Of the blob, if it is known.
+    size: Option<u64>,
     /// What is still to come.
     range: Range<u64>,
     answer: Option<Answer>,
@@ -43,7 +44,7 @@ struct Download {
 pub(super) async fn download(
     registry: Arc<Registry>,
     digest: Digest,
-    size: u64,
+    size: Option<u64>,
     range: Range<u64>,
 ) -> Result<ByteStream, OciError> {
     let mut download = Download { registry, digest, size, range, answer: None, brought: 0, failures: 0 };
@@ -112,18 +113,19 @@ pub(super) async fn read(
     layout: Arc<Layout>,
     counters: Arc<Counters>,
     digest: Digest,
-    size: u64,
+    size: Option<u64>,
     range: Range<u64>,
 ) -> Result<ByteStream, OciError> {
     let (path, file) = blocking(move || layout.open(&digest)).await?;
     let mut file = tokio::fs::File::from_std(file);
     let found = file.metadata().await.map_err(OciError::io(&path))?.len();
-    if found != size {
-        return Err(OciError::Size { what: path.display().to_string(), expected: size, got: found });
+    if size.map_or(found < range.end, |size| found != size) {
+        let expected = size.unwrap_or(range.end);
+        return Err(OciError::Size { what: path.display().to_string(), expected, got: found });
     }
     file.seek(std::io::SeekFrom::Start(range.start)).await.map_err(OciError::io(&path))?;
     counters.request(Kind::Data);
-    let left = range.end - range.start;
+    let (end, left) = (range.end, range.end - range.start);
     Ok(Box::pin(stream::try_unfold((file, left), move |(mut file, left)| {
         let (path, counters) = (path.clone(), counters.clone());
         async move {
@@ -139,8 +141,8 @@ pub(super) async fn read(
             if got == 0 {
                 return Err(OciError::Size {
                     what: path.display().to_string(),
-                    expected: size,
-                    got: size - left,
+                    expected: end,
+                    got: end - left,
                 });
             }
             counters.received(got);

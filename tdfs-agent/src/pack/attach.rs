@@ -169,7 +169,7 @@ pub(super) async fn artifact_manifest(
 }
 
 /// The only layer of `media_type`.
-pub(super) fn layer<'a>(
+pub(crate) fn layer<'a>(
     manifest: &'a Manifest,
     artifact: &Digest,
     media_type: &str,

@@ -77,6 +77,11 @@ pub async fn list(store: &Store, image: &Image) -> Result<Vec<Available>, PackEr
     let found = store.referrers(&image.digest, Some(ARTIFACT_TYPE)).await?;
     let all: Vec<Available> =
         stream::iter(found).map(|manifest| describe(store, manifest)).buffered(8).try_collect().await?;
+    Ok(newest(all))
+}
+
+/// The newest runtime image of each service, by name.
+pub(crate) fn newest(all: Vec<Available>) -> Vec<Available> {
     let mut newest: BTreeMap<String, Available> = BTreeMap::new();
     for available in all {
         let age = |a: &Available| (a.created.clone(), a.manifest.digest);
@@ -85,7 +90,16 @@ pub async fn list(store: &Store, image: &Image) -> Result<Vec<Available>, PackEr
             _ => drop(newest.insert(available.service.clone(), available)),
         }
     }
-    Ok(newest.into_values().collect())
+    newest.into_values().collect()
+}
+
+impl Available {
+    /// What a manifest with these annotations is.
+    pub(crate) fn new(manifest: Descriptor, annotations: &BTreeMap<String, String>) -> Self {
+        let get = |key| annotations.get(key).cloned().unwrap_or_default();
+        let (service, group) = (get(SERVICE_ANNOTATION), get(GROUP_ANNOTATION));
+        Self { service, group, created: get(CREATED_ANNOTATION), manifest }
+    }
 }
 
 /// Registries should copy a manifest's annotations into the list; where one does not, the manifest tells.
@@ -95,9 +109,7 @@ async fn describe(store: &Store, manifest: Descriptor) -> Result<Available, Pack
     } else {
         artifact_manifest(store, &manifest.digest).await?.1.annotations
     };
-    let get = |key| annotations.get(key).cloned().unwrap_or_default();
-    let (service, group, created) = (get(SERVICE_ANNOTATION), get(GROUP_ANNOTATION), get(CREATED_ANNOTATION));
-    Ok(Available { service, group, created, manifest })
+    Ok(Available::new(manifest, &annotations))
 }
 
 /// Loads a runtime image of `image`, keeping its metadata in the `state` directory.
@@ -109,7 +121,7 @@ pub async fn load(
 ) -> Result<LoadedRuntimeImage, PackError> {
     let digest = match choice {
         Choice::Pinned(digest) => digest,
-        Choice::Only | Choice::Service(_) => choose(&list(store, image).await?, image, choice)?,
+        Choice::Only | Choice::Service(_) => choose(&list(store, image).await?, &image.digest, choice)?,
     };
     let (artifact, manifest) = artifact_manifest(store, &digest).await?;
     let damaged = |reason: &str| PackError::Damaged { what: digest.to_string(), reason: reason.to_owned() };
@@ -138,10 +150,15 @@ pub async fn load(
     Ok(loaded)
 }
 
-fn choose(available: &[Available], image: &Image, choice: Choice<'_>) -> Result<Digest, PackError> {
+/// The artifact manifest of the runtime image that `choice` means, of those `available` for the image.
+pub(crate) fn choose(
+    available: &[Available],
+    image: &Digest,
+    choice: Choice<'_>,
+) -> Result<Digest, PackError> {
     let names = || available.iter().map(|a| a.service.as_str()).collect::<Vec<_>>().join(", ");
     let chosen = match (choice, available) {
-        (_, []) => return Err(PackError::NoRuntimeImage { image: image.digest }),
+        (_, []) => return Err(PackError::NoRuntimeImage { image: *image }),
         (Choice::Service(name), all) => all
             .iter()
             .find(|a| a.service == name)

@@ -14,7 +14,7 @@ mod layout;
 mod load;
 mod segment;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod trace;
 
 use std::io;
@@ -26,8 +26,10 @@ use tdfs_common::envelope::FormatError;
 use crate::fetch::FetchError;
 use crate::oci::OciError;
 
+pub(crate) use attach::layer;
 pub use attach::{Attached, attach, read_group};
 pub use load::{Available, Choice, LoadedRuntimeImage, list, load};
+pub(crate) use load::{choose, newest};
 pub(crate) use segment::read_pages;
 pub use segment::{Group, Pack, Packed, Report, SegmentFile, ServiceInput};
 pub(crate) use trace::FileRun;

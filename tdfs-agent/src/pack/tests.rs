@@ -24,25 +24,25 @@ use crate::rtpc::Zone;
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// Two layers, files scattered over them, and an image of them in a layout.
-struct Fixture {
-    dir: tempfile::TempDir,
-    store: Store,
-    image: Image,
+pub(crate) struct Fixture {
+    pub dir: tempfile::TempDir,
+    pub store: Store,
+    pub image: Image,
     tree: Tree,
     index: LayerIndex,
     layers: Vec<Vec<u8>>,
     /// Content by inode.
-    files: BTreeMap<u32, Vec<u8>>,
+    pub files: BTreeMap<u32, Vec<u8>>,
 }
 
 /// Makes service metadata contradict its image.
 type Change = Box<dyn Fn(&mut Service)>;
 
 /// A file as its blocks of 3000 bytes: `None` is a hole, otherwise the content.
-type Blocks = Vec<Option<u8>>;
+pub(crate) type Blocks = Vec<Option<u8>>;
 
 impl Fixture {
-    async fn new(files: &[Blocks]) -> Self {
+    pub async fn new(files: &[Blocks]) -> Self {
         const BLOCK: usize = 3000;
         let mut layers = vec![b"first".to_vec(), b"second".to_vec()];
         let inode =
@@ -88,7 +88,7 @@ impl Fixture {
         Self { dir, store, image, tree, index, layers, files: contents }
     }
 
-    fn trace(&self, service: &str, touches: &[(usize, u32, u32)]) -> Trace {
+    pub fn trace(&self, service: &str, touches: &[(usize, u32, u32)]) -> Trace {
         let files: Vec<TraceFile> = self
             .files
             .iter()
@@ -145,26 +145,26 @@ impl Fixture {
     }
 
     /// Packs and attaches the traces together, beside what the group has.
-    async fn add(&self, traces: Vec<Trace>) -> (Packed, Vec<Attached>) {
+    pub async fn add(&self, traces: Vec<Trace>) -> (Packed, Vec<Attached>) {
         let group = read_group(&self.store, "web", &|_, _| {}).await.unwrap();
         let packed = self.pack(&group, traces).await;
         let attached = self.attach(&packed).await;
         (packed, attached)
     }
 
-    async fn load(&self, choice: Choice<'_>) -> Result<LoadedRuntimeImage, PackError> {
+    pub async fn load(&self, choice: Choice<'_>) -> Result<LoadedRuntimeImage, PackError> {
         load(&self.store, &self.state(), &self.image, choice).await
     }
 
-    async fn loaded(&self, service: &str) -> LoadedRuntimeImage {
+    pub async fn loaded(&self, service: &str) -> LoadedRuntimeImage {
         self.load(Choice::Service(service)).await.unwrap()
     }
 
-    fn state(&self) -> PathBuf {
+    pub fn state(&self) -> PathBuf {
         self.dir.path().join("state")
     }
 
-    fn zone(&self, service: &Service) -> Arc<Zone> {
+    pub fn zone(&self, service: &Service) -> Arc<Zone> {
         Arc::new(Zone::open(&self.state(), service).unwrap())
     }
 
@@ -177,7 +177,7 @@ impl Fixture {
     }
 
     /// Pages of the service in its zone are those of its files; all of them, or as many as the zone says.
-    fn expect_right_pages(&self, service: &Service, zone: &Zone, all: bool) {
+    pub fn expect_right_pages(&self, service: &Service, zone: &Zone, all: bool) {
         let missing = zone.missing();
         assert!(!all || missing.count() == 0);
         for run in &service.runs {
@@ -212,7 +212,7 @@ impl Fixture {
         trace.touches.iter().filter(data).map(|t| self.page(t.file + 1, t.page)).collect()
     }
 
-    fn blob(&self, digest: &Digest) -> PathBuf {
+    pub fn blob(&self, digest: &Digest) -> PathBuf {
         self.dir.path().join("image/blobs/sha256").join(digest.hex())
     }
 }
