@@ -1,7 +1,7 @@
 //! tdfs: record, pack, fetch and serve runtime images.
 //!
 //! A module calls only modules to its left:
-//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- node <- cli`.
+//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- {node, registry} <- cli`.
 
 pub mod cli;
 pub mod fetch;

@@ -3,5 +3,6 @@
 pub mod fingerprint;
 pub mod images;
 pub mod registry;
+pub mod server;
 pub mod synthetic;
 pub mod tdfs;

@@ -50,6 +50,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Check every byte of an image's runtime images against the image
     Verify(InspectArgs),
+    /// Serve images and runtime images to other machines
+    Registry(RegistryArgs),
     /// The server behind `tdfs mount`
     #[command(hide = true)]
     ServeMount(MountArgs),
@@ -226,6 +228,56 @@ pub struct InspectArgs {
     pub common: Common,
 }
 
+/// `tdfs registry`
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct RegistryArgs {
+    /// Something else than to serve
+    #[command(subcommand)]
+    pub command: Option<RegistryCommand>,
+    /// How to serve
+    #[command(flatten)]
+    pub serve: Option<ServeArgs>,
+}
+
+/// What can be done with a registry besides serving it.
+#[derive(Debug, Subcommand)]
+pub enum RegistryCommand {
+    /// Delete what nothing reaches; servers may run meanwhile
+    Gc(GcArgs),
+}
+
+/// `tdfs registry gc`
+#[derive(Args, Clone, Debug)]
+pub struct GcArgs {
+    /// Directory, or s3://bucket[/prefix]; AWS_* variables tell the endpoint and the keys
+    #[arg(long, value_name = "ROOT")]
+    pub root: String,
+    /// Keep what is younger, or was relied on more recently
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    pub grace: Duration,
+    /// Delete manifests that no tag, index or living subject leads to as well
+    #[arg(long)]
+    pub untagged: bool,
+    /// Only say what would be deleted
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// How a registry is served.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Directory, or s3://bucket[/prefix]; AWS_* variables tell the endpoint and the keys
+    #[arg(long, value_name = "ROOT")]
+    pub root: String,
+    /// Address to listen on; port 0 for any, it is printed
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:5000")]
+    pub listen: String,
+    /// Refuse all that changes something
+    #[arg(long)]
+    pub read_only: bool,
+}
+
 /// When to ask the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Pull {
@@ -294,7 +346,7 @@ impl Choice {
     }
 }
 
-/// `90`, `90s`, `1500ms`, `2m`
+/// `90`, `90s`, `1500ms`, `2m`, `1h`
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a time such as 60s"))?;
@@ -302,7 +354,8 @@ fn duration(text: &str) -> Result<Duration, String> {
         "" | "s" => number.checked_mul(1000),
         "ms" => Some(number),
         "m" => number.checked_mul(60_000),
-        unit => return Err(format!("unknown unit {unit:?}: use ms, s or m")),
+        "h" => number.checked_mul(3_600_000),
+        unit => return Err(format!("unknown unit {unit:?}: use ms, s, m or h")),
     };
     millis.map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
 }
@@ -324,7 +377,8 @@ mod tests {
         assert_eq!(duration("5"), Ok(Duration::from_secs(5)));
         assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
         assert_eq!(duration("2m"), Ok(Duration::from_mins(2)));
-        for bad in ["", "s", "-1s", "1h", "99999999999999999m"] {
+        assert_eq!(duration("1h"), Ok(Duration::from_hours(1)));
+        for bad in ["", "s", "-1s", "1d", "99999999999999999m"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

@@ -5,6 +5,7 @@ mod inspect;
 mod mount;
 mod progress;
 mod record;
+mod registry;
 mod run;
 
 use std::collections::BTreeMap;
@@ -67,6 +68,7 @@ async fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Umount { target, state } => mount::umount(target, state, json).await,
         Command::Inspect(args) => inspect::inspect(args, json).await,
         Command::Verify(args) => inspect::verify(args, json).await,
+        Command::Registry(args) => registry::registry(args, json).await,
     }
 }
 

@@ -29,7 +29,7 @@ const DOCKER_INDEX_TYPE: &str = "application/vnd.docker.distribution.manifest.li
 const DOCKER_CONFIG_TYPE: &str = "application/vnd.docker.container.image.v1+json";
 
 /// What to put into `Accept`.
-pub(super) const MANIFEST_TYPES: [&str; 4] =
+pub(crate) const MANIFEST_TYPES: [&str; 4] =
     [MANIFEST_TYPE, INDEX_TYPE, DOCKER_MANIFEST_TYPE, DOCKER_INDEX_TYPE];
 
 /// Bytes of a manifest or index: what registries must accept (distribution specification, "Pushing Manifests").

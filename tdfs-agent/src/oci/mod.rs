@@ -31,12 +31,14 @@ use bytes::Bytes;
 use tdfs_common::digest::Digest;
 
 pub use error::OciError;
+pub(crate) use manifest::MANIFEST_TYPES;
 pub use manifest::{
     CONFIG_MAX, CONFIG_TYPE, DESCRIPTORS_MAX, Descriptor, Document, EMPTY_TYPE, INDEX_TYPE, Image, Index,
     MANIFEST_MAX, MANIFEST_TYPE, Manifest, REF_NAME,
 };
 pub use platform::Platform;
 pub use reference::{Location, Reference};
+pub(crate) use reference::{is_repository, is_tag};
 pub use store::Store;
 pub use stream::ByteStream;
 

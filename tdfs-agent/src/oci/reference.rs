@@ -173,7 +173,7 @@ fn parse_registry(name: &str, digest: Option<Digest>) -> Result<Reference, &'sta
     if repository.is_empty() {
         return Err("no repository");
     }
-    if !repository.split('/').all(is_component) {
+    if !is_repository(repository) {
         return Err("a repository is lower-case letters, digits and separators in between");
     }
     if repository.len() == 64 && repository.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -224,6 +224,11 @@ fn is_host(host: &str) -> bool {
     name.split('.').all(label)
 }
 
+/// Components with slashes between them, 255 bytes at most.
+pub(crate) fn is_repository(text: &str) -> bool {
+    text.len() <= NAME_MAX && text.split('/').all(is_component)
+}
+
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
 fn is_component(text: &str) -> bool {
     let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
@@ -236,7 +241,7 @@ fn is_component(text: &str) -> bool {
 }
 
 /// `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`
-pub(super) fn is_tag(text: &str) -> bool {
+pub(crate) fn is_tag(text: &str) -> bool {
     let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     text.len() <= TAG_MAX
         && text.bytes().next().is_some_and(word)

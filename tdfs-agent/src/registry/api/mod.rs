@@ -1,0 +1,163 @@
+//! The distribution API: requests in, answers out. Everything it says lies in the storage, nothing in the process.
+//!
+//! A body is read as it comes, and only while what reads it has room; when nothing comes for [`BODY_IDLE`] the
+//! request ends.
+
+mod blobs;
+mod manifests;
+mod refusal;
+mod uploads;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use axum::http::request::Parts;
+use axum::http::{Method, Response, StatusCode};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use futures_util::stream::{self, StreamExt as _};
+use serde::Serialize;
+
+use super::request::{ParseError, Route};
+use super::uploads::{self as sessions, BodyError};
+use super::{Registry, page_service};
+pub use refusal::Refusal;
+
+/// The longest wait for the next bytes of a body.
+const BODY_IDLE: Duration = Duration::from_secs(30);
+const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+type Answer = Result<Response<Body>, Refusal>;
+
+/// A request without its body.
+struct Head(Parts);
+
+/// Serves `registry`, with the page service beside it.
+pub fn router(registry: Arc<Registry>) -> Router {
+    let pages = page_service::router(registry.clone(), &page_service::Limits::default());
+    Router::new().route("/healthz", get(healthy)).fallback(dispatch).with_state(registry).merge(pages)
+}
+
+async fn healthy() -> &'static str {
+    "ok\n"
+}
+
+async fn dispatch(State(registry): State<Arc<Registry>>, request: Request) -> Response<Body> {
+    let mut response = answer(&registry, request).await.unwrap_or_else(IntoResponse::into_response);
+    response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    response
+}
+
+async fn answer(registry: &Registry, request: Request) -> Answer {
+    let (parts, body) = request.into_parts();
+    let method = parts.method.clone();
+    let reads = matches!(method, Method::GET | Method::HEAD);
+    let route = match Route::parse(parts.uri.path()) {
+        // What cannot be a tag is nobody's tag.
+        Err(e @ ParseError::Tag) if method != Method::PUT => return Err(Refusal::manifest_unknown(e)),
+        route => route?,
+    };
+    if registry.read_only && !reads {
+        return Err(Refusal::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "UNSUPPORTED",
+            "this registry is read-only",
+        ));
+    }
+    let (head, body) = (Head(parts), bytes(body));
+    match (route, method.as_str()) {
+        (Route::Base, "GET" | "HEAD") => Ok(json(&serde_json::Map::new())),
+        (Route::Tags(name), "GET" | "HEAD") => manifests::tags(registry, &name, &head).await,
+        (Route::Referrers(name, subject), "GET" | "HEAD") => {
+            manifests::referrers(registry, &name, &subject, &head).await
+        }
+        (Route::Manifest(name, reference), "GET" | "HEAD") => {
+            manifests::get(registry, &name, &reference, &head).await
+        }
+        (Route::Manifest(name, reference), "PUT") => {
+            manifests::put(registry, &name, reference, &head, body).await
+        }
+        (Route::Manifest(name, reference), "DELETE") => manifests::delete(registry, &name, &reference).await,
+        (Route::Blob(name, digest), "GET" | "HEAD") => blobs::get(registry, &name, &digest, &head).await,
+        (Route::Blob(name, digest), "DELETE") => blobs::delete(registry, &name, &digest).await,
+        (Route::Uploads(name), "POST") => uploads::begin(registry, &name, &head, body).await,
+        (Route::Upload(name, id), "GET" | "HEAD") => uploads::status(registry, &name, &id).await,
+        (Route::Upload(name, id), "PATCH") => uploads::append(registry, &name, &id, &head, body).await,
+        (Route::Upload(name, id), "PUT") => uploads::finish(registry, &name, &id, &head, body).await,
+        (Route::Upload(name, id), "DELETE") => uploads::cancel(registry, &name, &id).await,
+        (route, _) => {
+            let allowed = match route {
+                Route::Base | Route::Tags(_) | Route::Referrers(..) => "GET, HEAD",
+                Route::Manifest(..) => "GET, HEAD, PUT, DELETE",
+                Route::Blob(..) => "GET, HEAD, DELETE",
+                Route::Uploads(_) => "POST",
+                Route::Upload(..) => "GET, HEAD, PATCH, PUT, DELETE",
+            };
+            let message = format!("{method} is not possible here");
+            Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message).with(ALLOW, allowed))
+        }
+    }
+}
+
+impl Head {
+    fn is_head(&self) -> bool {
+        self.0.method == Method::HEAD
+    }
+
+    fn header(&self, name: HeaderName) -> Option<&str> {
+        self.0.headers.get(name)?.to_str().ok()
+    }
+
+    /// The first value of a parameter of the query.
+    fn parameter(&self, name: &str) -> Option<String> {
+        let query = self.0.uri.query()?;
+        url::form_urlencoded::parse(query.as_bytes()).find(|(n, _)| n == name).map(|(_, v)| v.into_owned())
+    }
+
+    /// Bytes of the body, if the client said.
+    fn length(&self) -> Option<u64> {
+        self.header(CONTENT_LENGTH)?.parse().ok()
+    }
+}
+
+/// What a client sends, with an end to every wait for it.
+fn bytes(body: Body) -> sessions::Body {
+    stream::unfold(Some(body.into_data_stream()), |body| async move {
+        let mut body = body?;
+        match tokio::time::timeout(BODY_IDLE, body.next()).await {
+            Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(body))),
+            Ok(Some(Err(e))) => Some((Err(BodyError::Broken(e.to_string())), None)),
+            Ok(None) => None,
+            Err(_) => Some((Err(BodyError::Idle(BODY_IDLE.as_secs())), None)),
+        }
+    })
+    .boxed()
+}
+
+/// An answer without a body.
+fn empty(status: StatusCode, headers: impl IntoIterator<Item = (HeaderName, String)>) -> Response<Body> {
+    let mut response = status.into_response();
+    set(&mut response, headers);
+    response
+}
+
+/// Headers that are made of names and digests, which are header values.
+fn set(response: &mut Response<Body>, headers: impl IntoIterator<Item = (HeaderName, String)>) {
+    for (name, value) in headers {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Response<Body> {
+    // Strings, numbers and maps of strings: this cannot fail.
+    let mut response = serde_json::to_string(value).unwrap_or_default().into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
