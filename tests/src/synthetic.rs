@@ -508,7 +508,7 @@ impl Zone {
     /// For mounting.
     #[must_use]
     pub fn hot(&self) -> HotPages<'_> {
-        HotPages { zone: &self.file, zone_pages: self.pages, runs: &self.runs }
+        HotPages { zone: &self.file, zone_pages: self.pages, runs: &self.runs, arrivals: None }
     }
 }
 

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io::{BufReader, Read as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -60,6 +61,7 @@ fn output(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Outp
 /// A `tdfs run` in the foreground: it has reported readiness and its container lives.
 pub struct Running {
     child: Child,
+    messages: Option<JoinHandle<String>>,
     /// Held open: tdfs must not die of a closed pipe when it prints more.
     _stdout: BufReader<ChildStdout>,
     /// The object that it printed when the container was ready.
@@ -82,7 +84,7 @@ impl Running {
         let mut stdout = BufReader::new(child.stdout.take().context("stdout is piped")?);
         let report = serde_json::Deserializer::from_reader(&mut stdout).into_iter::<Value>().next();
         match report {
-            Some(Ok(report)) => Ok(Self { child, _stdout: stdout, report }),
+            Some(Ok(report)) => Ok(Self { child, messages: Some(messages), _stdout: stdout, report }),
             other => {
                 let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
                 let status = child.wait()?;
@@ -96,6 +98,13 @@ impl Running {
     #[must_use]
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Waits until the container and tdfs have ended; also returns what they said on standard error.
+    pub fn finish(mut self) -> Result<(ExitStatus, String)> {
+        let status = self.child.wait()?;
+        let messages = self.messages.take().and_then(|m| m.join().ok());
+        Ok((status, messages.unwrap_or_default()))
     }
 
     /// Sends `signal` to tdfs and waits until it has ended.

@@ -15,7 +15,11 @@ use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use tdfs_agent::rootfs::{self, ColdSource, ColdStats, HotPages, Overlay, RootFs, RootfsError, erofs};
+use tdfs_agent::fetch::Arrivals;
+use tdfs_agent::rootfs::{
+    self, ColdSource, ColdStats, HotPages, Overlay, RootFs, RootfsError, WaitStats, erofs,
+};
+use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::page;
 use tdfs_common::tree::{Body, Tree};
 use tdfs_tests::fingerprint::Fingerprint;
@@ -335,12 +339,16 @@ fn one_file_that_hangs() -> (Fixture, RootFs) {
     (fixture, rootfs)
 }
 
-/// A thread that reads a page of `file`, once it waits for it in the kernel.
+/// A thread that reads the first page of `file`, once it waits for it in the kernel.
 fn waiting_reader(file: File) -> JoinHandle<io::Result<()>> {
+    waiting_reader_at(file, 0)
+}
+
+fn waiting_reader_at(file: File, offset: u64) -> JoinHandle<io::Result<()>> {
     let (tell, told) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         tell.send(nix::unistd::gettid()).unwrap();
-        file.read_exact_at(&mut [0; 10], 0)
+        file.read_exact_at(&mut [0; 1], offset)
     });
     let waits_in = format!("/proc/self/task/{}/wchan", told.recv().unwrap());
     while !fs::read_to_string(&waits_in).unwrap().contains("request_wait_answer") {
@@ -407,11 +415,178 @@ fn injection_brings_exactly_the_hot_pages() {
     assert!(rootfs.cold_stats().cold_pages > 1, "{:?}", rootfs.cold_stats());
 }
 
+/// A zone of which some pages are still under way: until they arrive its file has a hole there.
+struct LateZone {
+    zone: Zone,
+    file: File,
+    arrivals: Arc<Arrivals>,
+}
+
+impl LateZone {
+    /// One in `rarity` pages, and its neighbours, are awaited.
+    fn new(fixture: &Fixture, rarity: u64) -> Self {
+        let zone = fixture.zone(2);
+        let file = tempfile::tempfile_in(fixture.dir.path()).unwrap();
+        file.set_len(zone.pages * 4096).unwrap();
+        let mut random = Random(rarity);
+        let mut awaited = PageBitmap::new(zone.pages);
+        for start in (0..zone.pages).step_by(7).filter(|_| random.below(rarity) == 0) {
+            awaited.insert_range(start..(start + 7).min(zone.pages));
+        }
+        let late = Self { zone, file, arrivals: Arc::new(Arrivals::new(awaited)) };
+        (0..late.zone.pages).filter(|p| !late.awaits(*p)).for_each(|p| late.copy(p));
+        late
+    }
+
+    fn awaits(&self, page: u64) -> bool {
+        self.arrivals.awaits(page..page + 1)
+    }
+
+    fn copy(&self, page: u64) {
+        let mut bytes = [0; 4096];
+        self.zone.file.read_exact_at(&mut bytes, page * 4096).unwrap();
+        self.file.write_all_at(&bytes, page * 4096).unwrap();
+    }
+
+    fn arrive(&self, page: u64) {
+        self.copy(page);
+        self.arrivals.arrive(page..page + 1);
+    }
+
+    fn hot(&self) -> HotPages<'_> {
+        HotPages { zone: &self.file, arrivals: Some(&self.arrivals), ..self.zone.hot() }
+    }
+
+    /// Inode and page of a file that are hot and awaited, with the page of the zone. The kernel waits for no page of a
+    /// file without any data.
+    fn awaited_file_pages(&self, tree: &Tree) -> Vec<(u32, u64, u64)> {
+        let has_data = |ino: u32| matches!(&tree.inodes[ino as usize].body, Body::Regular { extents, .. } if !extents.is_empty());
+        let runs = self.zone.runs.iter().filter(|r| has_data(r.ino));
+        let pages = runs
+            .flat_map(|r| (0..r.count).map(|n| (r.ino, (r.file_page + n).into(), (r.zone_page + n).into())));
+        pages.filter(|(.., zone_page)| self.awaits(*zone_page)).collect()
+    }
+}
+
+#[test]
+fn pages_that_arrive_late_are_waited_for_and_right() {
+    let synthetic = extreme();
+    let fixture = Fixture::of(&synthetic);
+    let expected = synthetic.fingerprint();
+    for rarity in [1, 3] {
+        let late = LateZone::new(&fixture, rarity);
+        let mut order: Vec<u64> = (0..late.zone.pages).filter(|p| late.awaits(*p)).collect();
+        let mut random = Random(rarity + 77);
+        for n in (1..order.len()).rev() {
+            order.swap(n, random.below(n as u64 + 1) as usize);
+        }
+        let rootfs = fixture.mount(Some(late.hot()));
+        let injector = rootfs.inject().unwrap().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| Fingerprint::of(rootfs.path()).unwrap().expect_equal(&expected).unwrap());
+            }
+            // The pages come when somebody waits for one, so that nobody is always too late to wait.
+            for page in order {
+                while late.awaits(page) && rootfs.wait_stats().waited_requests == 0 {
+                    std::thread::yield_now();
+                }
+                late.arrive(page);
+            }
+        });
+        assert_eq!(injector.join().unwrap(), hot_pages(&late.zone).len() as u64);
+        let waited = rootfs.wait_stats();
+        assert!(waited.waited_pages > 0 && !waited.waited.is_zero(), "{waited:?}");
+        rootfs.unmount().unwrap();
+    }
+}
+
+#[test]
+fn awaited_pages_are_not_counted_as_cold() {
+    let mut synthetic = Synthetic::empty();
+    synthetic.add_file("file", 800_000);
+    let fixture = Fixture::of(&synthetic);
+    let zone = Zone::random(fixture.dir.path(), &fixture.tree, &fixture.layers, 1, 1).unwrap();
+    let mut awaited = PageBitmap::new(zone.pages);
+    awaited.insert_range(0..zone.pages);
+    let arrivals = Arc::new(Arrivals::new(awaited));
+    let runs: Vec<_> = zone.runs.iter().filter(|r| r.file_page > 0).copied().collect();
+    assert!(!runs.is_empty());
+    let rootfs = fixture.mount(Some(HotPages { runs: &runs, arrivals: Some(&arrivals), ..zone.hot() }));
+    arrivals.arrive(0..zone.pages);
+    let expected = synthetic.fingerprint();
+    Fingerprint::of(rootfs.path()).unwrap().expect_equal(&expected).unwrap();
+    let hot: u64 = runs.iter().map(|r| u64::from(r.count)).sum();
+    assert_eq!(rootfs.cold_stats().cold_pages, page::count(800_000) - hot);
+    assert_eq!(rootfs.wait_stats(), WaitStats::default());
+}
+
+#[test]
+fn pages_that_never_arrive_are_eio_and_never_zeros() {
+    let fixture = Fixture::of(&Synthetic::hostile());
+    let late = LateZone::new(&fixture, 2);
+    let lost: BTreeSet<(u32, u64)> =
+        late.awaited_file_pages(&fixture.tree).into_iter().map(|(ino, page, _)| (ino, page)).collect();
+    assert!(lost.len() > 100);
+    let rootfs = fixture.mount(Some(late.hot()));
+    let injector = rootfs.inject().unwrap().unwrap();
+    let (ino, page, _) = late.awaited_file_pages(&fixture.tree)[0];
+    let path = &fixture.paths(&rootfs)[ino as usize];
+    let reader = waiting_reader_at(File::open(path).unwrap(), page * 4096);
+    late.arrivals.fail(libc::EIO);
+    assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    injector.join().unwrap();
+    fixture.layers.fail_with(libc::EIO);
+    let present = hot_pages(&late.zone).difference(&lost).copied().collect();
+    check_every_page(&fixture, &rootfs, &present);
+}
+
+#[test]
+fn waiting_readers_do_not_stand_in_the_way() {
+    let fixture = Fixture::of(&Synthetic::hostile());
+    let late = LateZone::new(&fixture, 1);
+    let rootfs = fixture.mount(Some(late.hot()));
+    let paths = fixture.paths(&rootfs);
+    let some: Vec<_> = late.awaited_file_pages(&fixture.tree).into_iter().step_by(5).take(200).collect();
+    assert_eq!(some.len(), 200);
+    let open = |ino: u32| File::open(&paths[ino as usize]).unwrap();
+    let readers: Vec<_> =
+        some.iter().map(|&(ino, page, _)| waiting_reader_at(open(ino), page * 4096)).collect();
+    assert_eq!(rootfs.wait_stats().waited_requests, 200);
+    // A cold page, and one that arrives, while 200 others wait.
+    let hot = hot_pages(&late.zone);
+    let big = fixture.tree.lookup(b"sizes/3145733").unwrap();
+    let cold = (0..768).find(|p| !hot.contains(&(big, *p))).unwrap();
+    open(big).read_exact_at(&mut [0; 10], cold * 4096).unwrap();
+    let mut readers = readers.into_iter();
+    late.arrive(some[0].2);
+    readers.next().unwrap().join().unwrap().unwrap();
+    // Nor does anybody wait for ever.
+    rootfs.unmount().unwrap();
+    for reader in readers {
+        assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+}
+
+#[test]
+fn an_injection_that_waits_can_be_dropped() {
+    let fixture = Fixture::of(&Synthetic::hostile());
+    let late = LateZone::new(&fixture, 2);
+    let rootfs = fixture.mount(Some(late.hot()));
+    let injector = rootfs.inject().unwrap().unwrap();
+    while injector.pages() == 0 {
+        std::thread::yield_now();
+    }
+    drop(injector);
+    assert_eq!(rootfs.wait_stats(), WaitStats::default());
+    rootfs.unmount().unwrap();
+}
+
 #[test]
 fn nothing_hot_is_nothing_to_inject() {
     let fixture = Fixture::of(&Synthetic::hostile());
     let empty = tempfile::tempfile_in(fixture.dir.path()).unwrap();
-    let rootfs = fixture.mount(Some(HotPages { zone: &empty, zone_pages: 0, runs: &[] }));
+    let rootfs = fixture.mount(Some(HotPages { zone: &empty, zone_pages: 0, runs: &[], arrivals: None }));
     assert!(rootfs.inject().unwrap().is_none());
 }
 

@@ -188,7 +188,10 @@ pub struct RunArgs {
     /// Network of the container
     #[arg(long, value_enum, default_value_t = Net::Host)]
     pub network: Net,
-    /// Stop the container as soon as it is ready
+    /// When its process starts
+    #[arg(long, value_enum, default_value_t = Start::Auto)]
+    pub start: Start,
+    /// Stop the container as soon as it is ready, and fetch what is missing then
     #[arg(long)]
     pub exit_when_ready: bool,
     /// Registries and directories
@@ -296,6 +299,27 @@ pub enum TraceMethod {
     Tracepoint,
     /// The page cache after the run, without BPF: exact pages, order unknown
     Residency,
+}
+
+/// When a container's process starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Start {
+    /// Streaming if at least 8 MiB are missing
+    Auto,
+    /// When all pages are there
+    Fetched,
+    /// While they arrive
+    Streaming,
+}
+
+impl From<Start> for node::StartMode {
+    fn from(start: Start) -> Self {
+        match start {
+            Start::Auto => Self::Auto,
+            Start::Fetched => Self::Fetched,
+            Start::Streaming => Self::Streaming,
+        }
+    }
 }
 
 /// Network of a container.

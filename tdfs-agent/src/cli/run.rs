@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::RunArgs;
 use super::{interruptible, print, progress};
-use crate::node::{self, Running, StartOptions};
+use crate::node::{self, Rest, Running, StartOptions};
 use crate::record::sandbox::Forward;
 
 /// Starts a container, reports when it is ready, and stays until it ends.
@@ -15,6 +15,7 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     let state = args.common.state().await?;
     let client = args.common.client(&args.image)?;
     let options = StartOptions {
+        mode: args.start.into(),
         choice: args.choice.choice(),
         pull: args.choice.pull(),
         ready: args.ready.clone(),
@@ -43,11 +44,12 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         eprintln!("{}", running.report.text());
     }
     if args.exit_when_ready {
-        running.end().await;
+        let ended = async { Ok(running.end(Rest::Fetch).await) };
+        interruptible(ended).await?;
         return Ok(ExitCode::SUCCESS);
     }
     forward_signals(&running).await?;
-    let exit = running.end().await;
+    let exit = running.end(Rest::Leave).await;
     Ok(exit.map_or(ExitCode::FAILURE, |e| ExitCode::from(u8::try_from(e.code()).unwrap_or(1))))
 }
 

@@ -6,8 +6,11 @@
 //!
 //! [`fetch`] is exclusive per zone among all processes: a second one waits and then finds the pages there. It returns
 //! when the pages are usable; making them durable goes on in the background, see [`Commit`]. A crash at any point
-//! leaves a zone that lacks pages but has no wrong ones.
+//! leaves a zone that lacks pages but has no wrong ones. While it runs, [`Arrivals`] tells which pages are there, and
+//! readers of others wait with it.
 
+mod arrivals;
+mod demand;
 pub mod frame;
 mod layers;
 mod plan;
@@ -32,6 +35,8 @@ use tokio::task::JoinHandle;
 use crate::oci::layer::LayerError;
 use crate::oci::{OciError, Store};
 use crate::rtpc::{RtpcError, Writer, Zone};
+pub use arrivals::{Arrivals, News};
+use demand::Streams;
 pub use layers::{ImageLayers, LayerStats, PulledImage, pull_image};
 use plan::{Request, plan, plan_whole};
 use receive::{Sink, receive};
@@ -172,15 +177,35 @@ pub async fn fetch(
     zone: &Arc<Zone>,
     progress: Progress<'_>,
 ) -> Result<(FetchStats, Commit), FetchError> {
+    fetch_announced(store, service, zone, &Arc::new(Arrivals::new(zone.missing())), progress).await
+}
+
+/// Does what [`fetch`] does and tells `arrivals`, made of the pages that `zone` lacks, about every page; what they
+/// demand comes first. Cancelled through them it ends early, without an error. However it ends, also by being
+/// dropped, nobody waits any more.
+pub async fn fetch_announced(
+    store: &Store,
+    service: &Service,
+    zone: &Arc<Zone>,
+    arrivals: &Arc<Arrivals>,
+    progress: Progress<'_>,
+) -> Result<(FetchStats, Commit), FetchError> {
+    let _over = Over(arrivals);
     let pages_needed = zone.needed().count();
     let mut stats = FetchStats { pages_needed, pages_present: pages_needed, ..FetchStats::default() };
     if zone.missing().count() == 0 {
         return Ok((stats, Commit(None)));
     }
     let opened = zone.clone();
-    let writer = Arc::new(joined(tokio::task::spawn_blocking(move || opened.writer())).await?);
+    let writer = tokio::select! {
+        writer = joined(tokio::task::spawn_blocking(move || opened.writer())) => writer?,
+        () = arrivals.cancelled() => return Ok((stats, Commit(None))),
+    };
     let missing = writer.missing();
     stats.pages_present -= missing.count();
+    for brought_by_another in arrivals.awaited().difference(&missing).runs() {
+        arrivals.arrive(brought_by_another);
+    }
     let before = store.requests().data_requests;
     let received = AtomicU64::new(0);
     let plan = plan(service, &missing);
@@ -189,21 +214,89 @@ pub async fn fetch(
         let so_far = received.fetch_add(bytes, Ordering::Relaxed) + bytes;
         progress(so_far.min(total), total);
     };
-    stats.pages_fetched = plan.iter().map(Request::pages).sum();
-    let mut outcome = answer_all(store, plan, &writer, count).await;
-    if let Err(FetchError::Oci(OciError::Range { .. })) = &outcome {
-        tracing::warn!("the registry does not serve ranges: fetching whole segments");
-        outcome = answer_all(store, plan_whole(service, &writer.missing()), &writer, count).await;
-    }
+    let injection = Arc::new(Injection { writer, arrivals: arrivals.clone(), pages: AtomicU64::new(0) });
+    let answered = async {
+        let outcome = answer_in_order(store, service, plan, &injection, &count).await;
+        if let Err(FetchError::Oci(OciError::Range { .. })) = &outcome {
+            tracing::warn!("the registry does not serve ranges: fetching whole segments");
+            let plan = plan_whole(service, &injection.writer.missing());
+            return answer_all(store, plan, &injection, |_, bytes| count(bytes)).await;
+        }
+        outcome
+    };
+    let outcome = tokio::select! {
+        biased;
+        outcome = answered => outcome,
+        // Demands may bring the last page while a planned answer is stuck.
+        () = arrivals.complete() => Ok(()),
+        () = arrivals.cancelled() => Ok(()),
+    };
+    stats.pages_fetched = injection.pages.load(Ordering::Relaxed);
     stats.bytes_fetched = received.into_inner();
     stats.data_requests = store.requests().data_requests - before;
-    let commit = Commit(Some(tokio::task::spawn_blocking(move || writer.commit())));
-    outcome.map(|()| (stats, commit))
+    let commit = Commit(Some(tokio::task::spawn_blocking(move || injection.writer.commit())));
+    if let Err(error) = outcome {
+        arrivals.fail(error.errno());
+        // Whoever sees the error may end the process; the next one shall find what is here.
+        commit.wait().await?;
+        return Err(error);
+    }
+    Ok((stats, commit))
 }
 
-impl Sink for Writer {
+/// Bytes that a fetch of what `zone` lacks would receive.
+pub fn bytes_missing(service: &Service, zone: &Zone) -> u64 {
+    plan(service, &zone.missing()).iter().map(|r| r.bytes.end - r.bytes.start).sum()
+}
+
+/// Ends every wait for pages that have not arrived.
+struct Over<'a>(&'a Arrivals);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.fail(libc::EIO);
+    }
+}
+
+/// Where fetched pages go: into the zone, and then to whoever waits for them.
+struct Injection {
+    writer: Writer,
+    arrivals: Arc<Arrivals>,
+    pages: AtomicU64,
+}
+
+impl Sink for Injection {
+    fn wants(&self, frame: &PlacedFrame) -> bool {
+        self.arrivals.awaits(frame.pages.clone())
+    }
+
     fn accept(&self, frame: &PlacedFrame, pages: &[u8]) -> Result<(), FetchError> {
-        Ok(self.inject(frame.pages.start, pages)?)
+        self.writer.inject(frame.pages.start, pages)?;
+        // Counted first: with the last page the fetch is over.
+        if self.wants(frame) {
+            self.pages.fetch_add(frame.frame.pages.into(), Ordering::Relaxed);
+        }
+        self.arrivals.arrive(frame.pages.clone());
+        Ok(())
+    }
+}
+
+/// Sends the planned requests and, beside them, those for what a reader waits for.
+async fn answer_in_order(
+    store: &Store,
+    service: &Service,
+    plan: Vec<Request>,
+    injection: &Arc<Injection>,
+    received: &impl Fn(u64),
+) -> Result<(), FetchError> {
+    let streams = Streams::of(&plan);
+    let count = |request, bytes| {
+        streams.received(request, bytes);
+        received(bytes);
+    };
+    tokio::select! {
+        outcome = answer_all(store, plan, injection, count) => outcome,
+        never = demand::answer(store, service, injection, &streams, received) => match never {},
     }
 }
 
@@ -232,27 +325,28 @@ pub async fn page_hashes(
     let hashes = Arc::new(Hashes::default());
     let total = segments.iter().map(Segment::size).sum();
     let received = AtomicU64::new(0);
-    let count = |bytes| progress(received.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+    let count = |_, bytes| progress(received.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
     answer_all(store, segments.iter().map(Request::whole).collect(), &hashes, count).await?;
     let mut all = hashes.0.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(std::mem::take(&mut *all))
 }
 
-/// Sends the requests, a few at a time, and passes the frames they want to `sink`.
+/// Sends the requests, a few at a time, and passes the frames they want to `sink`; tells `received` the place of a
+/// request and the bytes that came for it.
 async fn answer_all(
     store: &Store,
     requests: Vec<Request>,
     sink: &Arc<impl Sink>,
-    received: impl Fn(u64),
+    received: impl Fn(usize, u64),
 ) -> Result<(), FetchError> {
     // One frame per core in work and one waiting for it.
     let slots = Arc::new(Semaphore::new(2 * thread::available_parallelism().map_or(1, usize::from)));
     let (slots, received) = (&slots, &received);
-    stream::iter(&requests)
+    stream::iter(requests.iter().enumerate())
         .map(Ok)
-        .try_for_each_concurrent(REQUESTS_AT_ONCE, |request| async move {
+        .try_for_each_concurrent(REQUESTS_AT_ONCE, |(place, request)| async move {
             let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
-            receive(request, bytes, slots, sink, received).await
+            receive(request, bytes, slots, sink, |bytes| received(place, bytes)).await
         })
         .await
 }

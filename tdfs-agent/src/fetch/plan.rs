@@ -47,17 +47,21 @@ impl Request {
         let size = segment.size();
         Self { blob: segment.blob, size, bytes: 0..size, frames: frames.collect() }
     }
-
-    /// Pages of the wanted frames.
-    pub fn pages(&self) -> u64 {
-        self.frames.iter().filter(|f| f.wanted).map(|f| u64::from(f.placed.frame.pages)).sum()
-    }
 }
 
 /// The requests that bring every page of `missing`, a subset of the pages `service` addresses.
 pub fn plan(service: &Service, missing: &PageBitmap) -> Vec<Request> {
+    plan_with_gaps(service, missing, GAP_MAX)
+}
+
+/// The same without a byte between wanted frames, for what somebody waits for.
+pub fn plan_exactly(service: &Service, missing: &PageBitmap) -> Vec<Request> {
+    plan_with_gaps(service, missing, 0)
+}
+
+fn plan_with_gaps(service: &Service, missing: &PageBitmap, gap_max: u64) -> Vec<Request> {
     let mut requests: Vec<Request> = Vec::new();
-    for segment in &service.segments {
+    for segment in service.segments.iter().filter(|s| missing.intersects(s.zone_range())) {
         let first = requests.len();
         let size = segment.size();
         let mut gap: Vec<PlannedFrame> = Vec::new();
@@ -70,7 +74,7 @@ pub fn plan(service: &Service, missing: &PageBitmap) -> Vec<Request> {
             }
             let bytes = frame.placed.bytes.clone();
             match requests[first..].last_mut() {
-                Some(request) if bytes.start - request.bytes.end <= GAP_MAX => {
+                Some(request) if bytes.start - request.bytes.end <= gap_max => {
                     request.frames.append(&mut gap);
                     request.frames.push(frame);
                     request.bytes.end = bytes.end;
@@ -128,6 +132,11 @@ mod tests {
         }
     }
 
+    /// Pages of the wanted frames.
+    fn pages(request: &Request) -> u64 {
+        request.frames.iter().filter(|f| f.wanted).map(|f| u64::from(f.placed.frame.pages)).sum()
+    }
+
     #[test]
     fn one_request_for_a_segment_of_which_nothing_is_here() {
         let s = service(&[(0, vec![(64, 200_000); 100]), (7, vec![(64, 1), (3, 900)])]);
@@ -136,7 +145,7 @@ mod tests {
         let requests = plan(&s, &missing);
         assert_eq!(requests.len(), 2);
         assert!(requests.iter().all(|r| r.bytes == (0..r.size)));
-        assert_eq!(requests.iter().map(Request::pages).sum::<u64>(), 6467);
+        assert_eq!(requests.iter().map(pages).sum::<u64>(), 6467);
         assert_eq!(plan(&s, &PageBitmap::new(s.zone_pages())), []);
     }
 
@@ -151,7 +160,7 @@ mod tests {
             missing.insert(192);
             let plan = plan(&s, &missing);
             assert_eq!(plan.len(), requests);
-            assert_eq!(plan.iter().map(Request::pages).sum::<u64>(), 128);
+            assert_eq!(plan.iter().map(pages).sum::<u64>(), 128);
         }
     }
 
@@ -216,6 +225,6 @@ mod tests {
         ];
         let plan = plan(&s, &s.needed());
         assert_eq!(plan.len(), 1);
-        assert_eq!((plan[0].bytes.clone(), plan[0].pages()), (10..20, 10));
+        assert_eq!((plan[0].bytes.clone(), pages(&plan[0])), (10..20, 10));
     }
 }

@@ -25,6 +25,11 @@ thread_local! {
 
 /// What is done with verified pages, on a blocking thread.
 pub trait Sink: Send + Sync + 'static {
+    /// Whether the pages of a frame are of use; they may have come another way since the request was planned.
+    fn wants(&self, _frame: &PlacedFrame) -> bool {
+        true
+    }
+
     /// Takes the verified pages of a frame.
     fn accept(&self, frame: &PlacedFrame, pages: &[u8]) -> Result<(), FetchError>;
 }
@@ -95,6 +100,9 @@ fn accept(
     sink: &impl Sink,
     _slot: Option<OwnedSemaphorePermit>,
 ) -> Result<(), FetchError> {
+    if !sink.wants(placed) {
+        return Ok(());
+    }
     let failed = |reason: String| FetchError::Frame { segment, frame: placed.index, reason };
     DECODER.with_borrow_mut(|decoder| {
         let decoder = match decoder {

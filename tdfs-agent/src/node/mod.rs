@@ -9,6 +9,7 @@
 //!
 //! Without a runtime image all layers are fetched first and every page comes from them.
 
+mod fetching;
 mod mount;
 mod prepare;
 mod recover;
@@ -23,12 +24,13 @@ use std::path::PathBuf;
 
 use tdfs_common::digest::Digest;
 
+pub use fetching::Rest;
 pub use mount::{MountOptions, MountReport, MountServer, mount, umount};
 pub use prepare::Prepared;
 pub use recover::recover;
 pub use report::StartReport;
 pub use resolve::{Choice, Pull, Resolved, resolve};
-pub use start::{Running, StartOptions, start};
+pub use start::{Running, StartMode, StartOptions, start};
 pub use state::State;
 pub use verify::{Verified, verify};
 

@@ -101,7 +101,7 @@ pub async fn mount(
     let rootfs = tokio::task::block_in_place(|| {
         let tree = Arc::clone(&prepared.tree);
         let rootfs =
-            RootFs::mount(&dir, tree, prepared.hot_pages(), prepared.cold_source(), &Handle::current())?;
+            RootFs::mount(&dir, tree, prepared.hot_pages(None), prepared.cold_source(), &Handle::current())?;
         if let Some(injector) = rootfs.inject()? {
             injector.join().map_err(|e| at(rootfs.path(), e))?;
         }

@@ -11,7 +11,7 @@ use tdfs_common::tree::{Body, Tree};
 
 use super::resolve::Resolved;
 use super::{NodeError, State};
-use crate::fetch::{ImageLayers, LayerStats, Progress, pull_image};
+use crate::fetch::{Arrivals, ImageLayers, LayerStats, Progress, pull_image};
 use crate::oci::{Image, Store};
 use crate::record::sandbox::Accounts;
 use crate::rootfs::{ColdSource, HotPages};
@@ -27,7 +27,7 @@ pub struct Prepared {
     /// Its layers, for everything that is not in the zone.
     pub layers: Arc<ImageLayers>,
     /// The service whose runtime image is used, and its zone; pages may still be missing.
-    pub hot: Option<(Service, Arc<Zone>)>,
+    pub hot: Option<(Arc<Service>, Arc<Zone>)>,
 }
 
 impl Prepared {
@@ -47,7 +47,7 @@ impl Prepared {
         let (service, zone) = tokio::task::spawn_blocking(move || {
             let zone = Zone::open(&root, &service)?;
             zone.prefetch();
-            Ok::<_, NodeError>((service, Arc::new(zone)))
+            Ok::<_, NodeError>((Arc::new(service), Arc::new(zone)))
         })
         .await??;
         let layers = ImageLayers::new(state.root(), store, runtime.index, runtime.windows)?;
@@ -67,12 +67,13 @@ impl Prepared {
         Ok((prepared, pulled.index, pulled.windows))
     }
 
-    /// The pages for the mount.
-    pub fn hot_pages(&self) -> Option<HotPages<'_>> {
+    /// The pages for the mount, all present or under way with these `arrivals`.
+    pub fn hot_pages<'a>(&'a self, arrivals: Option<&'a Arc<Arrivals>>) -> Option<HotPages<'a>> {
         self.hot.as_ref().map(|(service, zone)| HotPages {
             zone: zone.data_file(),
             zone_pages: service.zone_pages(),
             runs: &service.runs,
+            arrivals,
         })
     }
 

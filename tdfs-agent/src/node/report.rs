@@ -14,11 +14,16 @@ pub struct StartReport {
     pub service: Option<String>,
     /// Where the pages needed at the start came from: `resident`, `fetched` or `layers` (no runtime image).
     pub source: &'static str,
+    /// `resident` (nothing was missing), `fetched` (the process started when all pages were there), `streaming` (it
+    /// started while they were on their way) or `layers` (no runtime image).
+    pub start_mode: &'static str,
+    /// Why.
+    pub start_reason: String,
     /// Reference to manifests and metadata.
     pub resolve_ms: f64,
     /// rt_diff against the runtime page cache.
     pub diff_ms: f64,
-    /// Missing pages: from the request to the last verified page.
+    /// Missing pages: from the request to the last verified page, or until ready if that came before.
     pub fetch_ms: f64,
     /// EROFS metadata, cold device, mounts.
     pub mount_ms: f64,
@@ -32,8 +37,10 @@ pub struct StartReport {
     pub pages_needed: u64,
     /// Of these, on this node before.
     pub pages_present: u64,
-    /// Of these, fetched now.
+    /// Of these, fetched until ready.
     pub pages_fetched: u64,
+    /// Of these, still on the wire when ready.
+    pub pages_awaited: u64,
     /// Bytes of page data on the wire (compressed).
     pub bytes_fetched: u64,
     /// Requests for page data.
@@ -46,6 +53,12 @@ pub struct StartReport {
     pub cold_requests: u64,
     /// Bytes of layers fetched for them or, without a runtime image, all layers.
     pub layer_bytes: u64,
+    /// Pages in reads of the container that came before their pages of the runtime image had arrived.
+    pub waited_pages: u64,
+    /// These reads.
+    pub waited_requests: u64,
+    /// How long they waited before ready, all together: several threads may wait at a time.
+    pub waited_ms: f64,
 }
 
 impl StartReport {
@@ -53,11 +66,12 @@ impl StartReport {
     pub fn text(&self) -> String {
         let service = self.service.as_deref().unwrap_or("no runtime image");
         format!(
-            "ready in {:.0} ms ({service}, {})\n  resolve {:.0} ms, diff {:.1} ms, fetch {:.0} ms, mount {:.0} ms, \
+            "ready in {:.0} ms ({service}, {}: {})\n  resolve {:.0} ms, diff {:.1} ms, fetch {:.0} ms, mount {:.0} ms, \
              start {:.0} ms, ready {:.0} ms\n  pages: {} needed, {} present, {} fetched ({:.1} MB in {} requests); \
-             {} cold in {} reads",
+             {} cold in {} reads; {} reads waited {:.0} ms; {} pages still on their way",
             self.total_ms,
-            self.source,
+            self.start_mode,
+            self.start_reason,
             self.resolve_ms,
             self.diff_ms,
             self.fetch_ms,
@@ -71,6 +85,9 @@ impl StartReport {
             self.data_requests,
             self.cold_pages,
             self.cold_requests,
+            self.waited_requests,
+            self.waited_ms,
+            self.pages_awaited,
         )
     }
 }

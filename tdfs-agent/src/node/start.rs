@@ -1,13 +1,16 @@
 //! One start, from the reference to ready.
 //!
 //! ```text
-//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone ---+-> start -> ready
-//!                  +-> EROFS + cold device -> overlay -> container created -+
-//!                                        \-> inject into the kernel's page cache (as soon as the zone is complete)
+//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone ----------------------+
+//!                  |                                                 fetched: wait for all     |
+//!                  +-> EROFS + cold device -> overlay -> container created -+------------------+-> start -> ready
+//!                                        |                        streaming: at once -> start -> ready
+//!                                        \-> inject into the kernel's page cache what is in the zone
 //! ```
 //!
-//! The container is created while pages arrive, and its process starts when all of them are there: until then nothing
-//! reads a hot page through the mount. If this process dies the mounts stay,
+//! [`StartMode`] says which way a start takes. Streaming, pages that had not arrived when the image was mounted lie behind
+//! the cold device, whose reads wait for them and make them wanted first. A fetch that fails before ready ends the
+//! start; later it makes the reads of what it did not bring fail. If this process dies the mounts stay,
 //! serve hot pages and fail cold reads, until the next command removes them.
 
 use std::sync::Arc;
@@ -15,18 +18,49 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
+use super::fetching::{Fetching, Rest};
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{Commit, FetchStats, ImageLayers, Progress, fetch};
+use crate::fetch::{Arrivals, ImageLayers, Progress, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
 use crate::record::sandbox::{Accounts, Exit, Forward, Network, Sandbox, SandboxSpec, Workload};
 use crate::record::{Probe, Readiness};
 use crate::rootfs::{Injector, Overlay, RootFs};
 
+/// Bytes that arrive while a container is created and started, about 60 ms, on a link of 1 Gb/s: fewer are not worth
+/// the detour of their pages through FUSE.
+const STREAMING_FROM: u64 = 8 << 20;
+
+/// When the container's process starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartMode {
+    /// Streaming if at least 8 MiB are missing.
+    Auto,
+    /// When all pages are there.
+    Fetched,
+    /// As soon as the container is created: it waits for the pages that it reads.
+    Streaming,
+}
+
+impl StartMode {
+    /// Whether to stream the `missing` bytes, and why.
+    fn streams(self, missing: u64) -> (bool, String) {
+        let size = format!("{:.1} MiB are missing", missing as f64 / f64::from(1 << 20));
+        match self {
+            Self::Auto if missing < STREAMING_FROM => (false, format!("only {size}")),
+            Self::Auto => (true, size),
+            Self::Fetched => (false, "as asked for".into()),
+            Self::Streaming => (true, "as asked for".into()),
+        }
+    }
+}
+
 /// How to start.
 #[derive(Clone, Debug)]
 pub struct StartOptions {
+    /// When its process starts.
+    pub mode: StartMode,
     /// Which runtime image.
     pub choice: Choice,
     /// When to ask the registry.
@@ -48,7 +82,7 @@ pub struct Running {
     /// How it got there.
     pub report: StartReport,
     container: Container,
-    commit: Option<Commit>,
+    fetching: Option<Fetching>,
     layers: Arc<ImageLayers>,
     resolved: Resolved,
 }
@@ -88,10 +122,14 @@ pub async fn start(
     let prepared = Prepared::new(state, &mut resolved, progress).await?;
     let pulled = resolved.requests();
     let missing = prepared.hot.as_ref().map_or(0, |(_, zone)| zone.missing().count());
-    report.source = match (&prepared.hot, missing) {
-        (None, _) => "layers",
-        (_, 0) => "resident",
-        _ => "fetched",
+    let streaming;
+    (report.source, report.start_mode, (streaming, report.start_reason)) = match &prepared.hot {
+        None => ("layers", "layers", (false, "there is no runtime image".into())),
+        Some(_) if missing == 0 => ("resident", "resident", (false, "nothing is missing".into())),
+        Some((service, zone)) => match options.mode.streams(bytes_missing(service, zone)) {
+            why @ (true, _) => ("fetched", "streaming", why),
+            why @ (false, _) => ("fetched", "fetched", why),
+        },
     };
     if prepared.hot.is_some() {
         report.diff_ms = ms(diff);
@@ -105,74 +143,116 @@ pub async fn start(
     let recorded = service.map(|s| s.ready.parse::<Probe>()).transpose()?;
     let probe = options.ready.clone().or(recorded);
 
-    let fetching = async {
-        let begin = Instant::now();
-        let Some((service, zone)) = prepared.hot.as_ref().filter(|_| missing > 0) else {
-            return Ok((FetchStats::default(), None, 0.0));
+    let hot = prepared.hot.as_ref().filter(|_| missing > 0);
+    let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, service, zone));
+    let before_fetch = resolved.requests().data_requests;
+    let arrivals = fetching.as_ref().filter(|_| streaming).map(|f| Arc::clone(f.arrivals()));
+    let shown = fetching.as_ref().map(|f| f.show(progress));
+    let shown = async {
+        match shown {
+            Some(shown) => shown.await,
+            None => std::future::pending().await,
+        }
+    };
+    let starting = async {
+        let fetched = async {
+            match &mut fetching {
+                Some(fetching) if !streaming => fetching.done().await,
+                _ => Ok(()),
+            }
         };
-        let (stats, commit) = fetch(&resolved.store, service, zone, progress).await?;
-        Ok::<_, NodeError>((stats, Some(commit), ms(begin)))
+        let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals.as_ref());
+        // Both to their end: half a container cannot be removed.
+        let (fetched, created) = tokio::join!(fetched, creating);
+        let Created { mut container, readiness, mount_ms, create_ms } = created.map_err(|e| (e, None))?;
+        let begun = Instant::now();
+        let running = async {
+            fetched?;
+            if container.injector.is_none() {
+                container.injector = container.rootfs.inject()?;
+            }
+            container.sandbox.start().await?;
+            let start_ms = ms(begun);
+            if let Some(readiness) = readiness {
+                readiness.wait(&container.sandbox, options.timeout).await?;
+            }
+            Ok(start_ms)
+        };
+        let outcome = match &mut fetching {
+            Some(fetching) => tokio::select! {
+                biased;
+                error = fetching.failure() => Err(error),
+                outcome = running => outcome,
+            },
+            None => running.await,
+        };
+        let start_ms = match outcome {
+            Ok(start_ms) => start_ms,
+            Err(error) => return Err((error, Some(container))),
+        };
+        (report.mount_ms, report.start_ms) = (mount_ms, create_ms + start_ms);
+        (report.ready_ms, report.total_ms) = (ms(begun) - start_ms, ms(begin));
+        Ok(container)
     };
-    let creating = create(state, &resolved, &prepared, options, probe.as_ref(), missing == 0);
-    // Both to their end: half a container cannot be removed.
-    let (fetched, created) = tokio::join!(fetching, creating);
-    let Created { mut container, readiness, mount_ms, create_ms } = created?;
-    let begun = Instant::now();
-    let outcome = async {
-        let fetched = fetched?;
-        if container.injector.is_none() {
-            container.injector = container.rootfs.inject()?;
-        }
-        container.sandbox.start().await?;
-        let start_ms = ms(begun);
-        if let Some(readiness) = readiness {
-            readiness.wait(&container.sandbox, options.timeout).await?;
-        }
-        Ok::<_, NodeError>((fetched, start_ms))
+    let started = tokio::select! {
+        started = starting => started,
+        never = shown => match never {},
     };
-    let ((stats, commit, fetch_ms), start_ms) = match outcome.await {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            container.end().await;
+    let container = match started {
+        Ok(container) => container,
+        Err((error, container)) => {
+            let error = match fetching {
+                Some(fetching) => fetching.give_up(error).await,
+                None => error,
+            };
+            if let Some(container) = container {
+                container.end().await;
+            }
             return Err(error);
         }
     };
-    report.start_ms = create_ms + start_ms;
-    report.ready_ms = ms(begun) - start_ms;
-    report.total_ms = ms(begin);
-    report.mount_ms = mount_ms;
 
-    let cold = container.rootfs.cold_stats();
+    let (cold, waited) = (container.rootfs.cold_stats(), container.rootfs.wait_stats());
     (report.cold_pages, report.cold_requests) = (cold.cold_pages, cold.cold_requests);
+    (report.waited_pages, report.waited_requests) = (waited.waited_pages, waited.waited_requests);
+    report.waited_ms = waited.waited.as_secs_f64() * 1000.0;
     if let Some((_, zone)) = &prepared.hot {
         report.pages_needed = zone.needed().count();
         report.pages_present = report.pages_needed - missing.min(report.pages_needed);
-        report.fetch_ms = fetch_ms;
-        report.pages_fetched = stats.pages_fetched;
-        report.bytes_fetched = stats.bytes_fetched;
-        report.data_requests = stats.data_requests;
-        report.layer_bytes = prepared.layer_stats().bytes;
+        let layers = prepared.layer_stats();
+        report.layer_bytes = layers.bytes;
+        if let Some(fetching) = &mut fetching {
+            let requests = resolved.requests().data_requests - before_fetch;
+            report.data_requests = requests.saturating_sub(layers.requests);
+            report.pages_awaited = fetching.arrivals().awaited().count();
+            let (stats, fetch_ms) = fetching.leave_alone().await;
+            report.fetch_ms = fetch_ms;
+            (report.pages_fetched, report.bytes_fetched) = (stats.pages_fetched, stats.bytes_fetched);
+        }
     }
     report.metadata_requests = resolved.requests().metadata_requests;
-    Ok(Running { report, container, commit, layers: prepared.layers, resolved })
+    Ok(Running { report, container, fetching, layers: prepared.layers, resolved })
 }
 
-/// Mounts the image and creates the container; also starts the injection if the zone is complete.
+/// Mounts the image and creates the container; also starts the injection if the zone is complete or becomes so with
+/// `arrivals`.
 async fn create(
     state: &State,
     resolved: &Resolved,
     prepared: &Prepared,
     options: &StartOptions,
     probe: Option<&Probe>,
-    resident: bool,
+    arrivals: Option<&Arc<Arrivals>>,
 ) -> Result<Created, NodeError> {
     let begin = Instant::now();
     let (id, dir) = state.new_run()?;
     let rootfs = tokio::task::block_in_place(|| {
         let tree = Arc::clone(&prepared.tree);
-        RootFs::mount(&dir, tree, prepared.hot_pages(), prepared.cold_source(), &Handle::current())
+        let hot = prepared.hot_pages(arrivals);
+        RootFs::mount(&dir, tree, hot, prepared.cold_source(), &Handle::current())
     })?;
-    let injector = if resident { rootfs.inject()? } else { None };
+    let complete = prepared.hot.as_ref().is_some_and(|(_, zone)| zone.missing().count() == 0);
+    let injector = if complete || arrivals.is_some() { rootfs.inject()? } else { None };
     let overlay = Overlay::mount(rootfs.path(), &dir.join("container"))?;
     let readiness = probe.map(|probe| Readiness::prepare(probe, &rootfs, overlay.path())).transpose()?;
     let mount_ms = ms(begin);
@@ -205,14 +285,15 @@ impl Running {
         &self.container.sandbox
     }
 
-    /// Kills the container if it still runs, and removes everything but the caches. What was fetched is durable
-    /// afterwards.
-    pub async fn end(self) -> Option<Exit> {
+    /// Kills the container if it still runs, and removes everything but the caches. What was fetched, and the `rest` of
+    /// the pages if it is to be fetched, is durable afterwards.
+    pub async fn end(self, rest: Rest) -> Option<Exit> {
+        if let Some(fetching) = &self.fetching {
+            fetching.release_readers();
+        }
         let exit = self.container.end().await;
-        if let Some(commit) = self.commit
-            && let Err(error) = commit.wait().await
-        {
-            tracing::warn!("the fetched pages are not durable: {error}");
+        if let Some(fetching) = self.fetching {
+            fetching.end(rest).await;
         }
         if let Err(error) = self.layers.flush().await {
             tracing::warn!("the cold pages are not durable: {error}");
@@ -243,6 +324,6 @@ impl Container {
     }
 }
 
-fn ms(since: Instant) -> f64 {
+pub(super) fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }

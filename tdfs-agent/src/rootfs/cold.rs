@@ -2,11 +2,12 @@
 //!
 //! Its address space is computed, not stored: every regular file has a region of whole blocks, in inode order. A read
 //! of the device becomes reads of layers; zeros are made up only where the tree says so, in holes and behind the
-//! last byte of a file.
+//! last byte of a file. Where a hot page was [awaited](super::awaited) when the image was mounted, its place here is read
+//! from the zone, once it has arrived there.
 //!
 //! ```text
 //! blocks  | file of inode 3      |pad| file of inode 7 ... |pad| ...
-//!           extent  hole  extent
+//!           extent  hole  extent         awaited   extent
 //! ```
 
 use std::sync::Arc;
@@ -16,6 +17,12 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use tdfs_common::page::{self, PAGE_SIZE};
 use tdfs_common::tree::{Body, Extent, Tree};
+use tokio::sync::Semaphore;
+
+use super::awaited::{Awaited, WaitStats};
+
+/// Reads that may hold data at a time: 64 MiB.
+const READS_MAX: usize = 64;
 
 /// Where cold bytes come from: the image's layers, uncompressed.
 pub trait ColdSource: Send + Sync + 'static {
@@ -72,16 +79,33 @@ impl ColdMap {
 /// A part of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Piece {
-    Layer { layer: u32, offset: u64, len: usize },
+    Layer {
+        layer: u32,
+        offset: u64,
+        len: usize,
+    },
+    /// Of the zone file.
+    Awaited {
+        offset: u64,
+        len: usize,
+    },
     Zeros(usize),
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        match *self {
+            Self::Layer { len, .. } | Self::Awaited { len, .. } | Self::Zeros(len) => len,
+        }
+    }
 }
 
 /// How much was read through the cold device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ColdStats {
-    /// Pages.
+    /// Pages, without awaited ones.
     pub cold_pages: u64,
-    /// Reads of the kernel, of up to 256 pages.
+    /// Reads of the kernel, of up to 256 pages, for any of them.
     pub cold_requests: u64,
 }
 
@@ -90,14 +114,17 @@ pub struct ColdDevice {
     tree: Arc<Tree>,
     map: ColdMap,
     source: Arc<dyn ColdSource>,
+    awaited: Option<Awaited>,
+    slots: Semaphore,
     pages: AtomicU64,
     requests: AtomicU64,
 }
 
 impl ColdDevice {
     /// The device over `tree`, with the map of the same tree.
-    pub fn new(tree: Arc<Tree>, map: ColdMap, source: Arc<dyn ColdSource>) -> Self {
-        Self { tree, map, source, pages: AtomicU64::new(0), requests: AtomicU64::new(0) }
+    pub fn new(tree: Arc<Tree>, map: ColdMap, source: Arc<dyn ColdSource>, awaited: Option<Awaited>) -> Self {
+        let slots = Semaphore::new(READS_MAX);
+        Self { tree, map, source, awaited, slots, pages: AtomicU64::new(0), requests: AtomicU64::new(0) }
     }
 
     /// Bytes of the device.
@@ -113,29 +140,51 @@ impl ColdDevice {
         }
     }
 
-    /// Exactly `len` bytes at `offset`, or an errno: the kernel takes what a short answer lacks for zeros.
+    /// How long reads waited for awaited pages so far.
+    pub fn wait_stats(&self) -> WaitStats {
+        self.awaited.as_ref().map(Awaited::stats).unwrap_or_default()
+    }
+
+    /// Exactly `len` bytes at `offset`, or an errno: the kernel takes what a short answer lacks for zeros. Any number of
+    /// reads may wait for awaited pages at a time, and a few may hold data.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, i32> {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.pages.fetch_add(page::count(len as u64), Ordering::Relaxed);
         let pieces = self.pieces(offset, len).ok_or(libc::EIO)?;
-        if let [Piece::Layer { layer, offset, len }] = pieces[..] {
-            return self.read_layer(layer, offset, len).await;
+        let hot = |piece: &&Piece| matches!(piece, Piece::Awaited { .. });
+        let cold = len - pieces.iter().filter(hot).map(Piece::len).sum::<usize>();
+        if cold > 0 {
+            self.requests.fetch_add(1, Ordering::Relaxed);
+            self.pages.fetch_add(page::count(cold as u64), Ordering::Relaxed);
+        }
+        if let Some(awaited) = self.awaited.as_ref().filter(|_| cold < len) {
+            let parts = pieces.iter().filter_map(|piece| match *piece {
+                Piece::Awaited { offset, len } => Some(offset..offset + len as u64),
+                _ => None,
+            });
+            awaited.wait(parts).await?;
+        }
+        // The semaphore is never closed.
+        let _slot = self.slots.acquire().await.ok();
+        if let [piece] = &pieces[..] {
+            return self.read_piece(piece).await;
         }
         let mut bytes = BytesMut::with_capacity(len);
-        for piece in pieces {
+        for piece in &pieces {
             match piece {
                 Piece::Zeros(len) => bytes.resize(bytes.len() + len, 0),
-                Piece::Layer { layer, offset, len } => {
-                    bytes.extend_from_slice(&self.read_layer(layer, offset, len).await?);
-                }
+                piece => bytes.extend_from_slice(&self.read_piece(piece).await?),
             }
         }
         Ok(bytes.freeze())
     }
 
-    async fn read_layer(&self, layer: u32, offset: u64, len: usize) -> Result<Bytes, i32> {
-        let bytes = self.source.read(layer, offset, len).await?;
-        if bytes.len() == len { Ok(bytes) } else { Err(libc::EIO) }
+    async fn read_piece(&self, piece: &Piece) -> Result<Bytes, i32> {
+        let bytes = match (piece, &self.awaited) {
+            (&Piece::Layer { layer, offset, len }, _) => self.source.read(layer, offset, len).await?,
+            (&Piece::Awaited { offset, len }, Some(awaited)) => awaited.read(offset, len).await?,
+            (Piece::Awaited { .. }, None) => return Err(libc::EIO),
+            (Piece::Zeros(len), _) => vec![0; *len].into(),
+        };
+        if bytes.len() == piece.len() { Ok(bytes) } else { Err(libc::EIO) }
     }
 
     /// What `len` bytes at `offset` consist of; `None` if they are not all on the device.
@@ -151,7 +200,16 @@ impl ColdDevice {
             let start = u64::from(self.map.start_of(ino)?) * PAGE_SIZE as u64;
             let region_end = start + page::count(*size) * PAGE_SIZE as u64;
             let stop = end.min(region_end);
-            file_pieces(extents, at - start, stop - start, &mut pieces);
+            let mut from = at - start;
+            let part = from..stop - start;
+            let awaited = self.awaited.iter().flat_map(|a| a.within(ino, part.clone()));
+            for (bytes, zone_offset) in awaited {
+                file_pieces(extents, from, bytes.start, &mut pieces);
+                let len = (bytes.end - bytes.start) as usize;
+                pieces.push(Piece::Awaited { offset: zone_offset, len });
+                from = bytes.end;
+            }
+            file_pieces(extents, from, part.end, &mut pieces);
             at = stop;
         }
         Some(pieces)
@@ -160,6 +218,9 @@ impl ColdDevice {
 
 /// Appends what bytes `at..end` of a file consist of.
 fn file_pieces(extents: &[Extent], mut at: u64, end: u64, pieces: &mut Vec<Piece>) {
+    if at >= end {
+        return;
+    }
     let first = extents.partition_point(|e| e.file_offset + e.len <= at);
     for extent in extents[first..].iter().take_while(|e| e.file_offset < end) {
         if extent.file_offset > at {
@@ -222,7 +283,7 @@ mod tests {
     fn device(files: Vec<(u64, Vec<Extent>)>) -> ColdDevice {
         let tree = Arc::new(tree(files));
         let map = ColdMap::new(&tree).unwrap();
-        ColdDevice::new(tree, map, Arc::new(Pattern))
+        ColdDevice::new(tree, map, Arc::new(Pattern), None)
     }
 
     fn read(device: &ColdDevice, offset: u64, len: usize) -> Result<Bytes, i32> {

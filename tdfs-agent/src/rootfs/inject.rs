@@ -4,8 +4,12 @@
 //! read-ahead is 0 until it ends, so that nobody pulls in cold neighbours; then it goes up for everything else, and the
 //! zone's own cached copy of the pages is dropped. Stopping early, or a page that cannot be read, costs time later and
 //! nothing else.
+//!
+//! Pages that are still under way are injected as they arrive, what has arrived in order of first use. Never before: the
+//! answer to this thread must not depend on a network.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -21,8 +25,11 @@ use nix::sys::stat::Mode;
 use tdfs_common::page::PAGE_SIZE;
 use tdfs_common::runtime_image::Run;
 use tdfs_common::tree::Tree;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use super::read_ahead::ReadAhead;
+use crate::fetch::Arrivals;
 
 /// The kernel silently cuts WILLNEED to this many pages (its default read-ahead, 128 KiB).
 const WILLNEED_PAGES: u32 = 32;
@@ -40,16 +47,18 @@ pub struct Injector {
 #[derive(Default)]
 struct State {
     stop: AtomicBool,
+    stopped: Notify,
     pages: AtomicU64,
 }
 
 impl Injector {
-    /// Starts to inject `runs`, in this order, into the mount of `tree` at `root`.
+    /// Starts to inject `runs`, in this order, into the mount of `tree` at `root`, or as they arrive.
     pub(super) fn start(
         root: BorrowedFd<'_>,
         zone: BorrowedFd<'_>,
         tree: Arc<Tree>,
         runs: Arc<[Run]>,
+        arriving: Option<(Arc<Arrivals>, Handle)>,
         read_ahead: ReadAhead,
     ) -> io::Result<Self> {
         let state = Arc::new(State::default());
@@ -67,8 +76,16 @@ impl Injector {
             }
             // SAFETY: both are open in this thread's own table, and nothing else in this thread knows of them.
             let (root, zone) = unsafe { (OwnedFd::from_raw_fd(root), OwnedFd::from_raw_fd(zone)) };
-            advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
-            let injected = inject(&root, &tree, &runs, &shared);
+            let mut files = Files { root, paths: tree.paths(), open: HashMap::new() };
+            let injected = match &arriving {
+                None => advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
+                    .and_then(|()| inject(&mut files, pieces(&runs), &shared)),
+                Some((arrivals, runtime)) => inject_arriving(&mut files, &runs, arrivals, runtime, &shared),
+            };
+            if arriving.is_some_and(|(arrivals, _)| arrivals.awaited().count() > 0) {
+                // With read-ahead, a page that cannot be read would take its neighbours along.
+                return injected;
+            }
             read_ahead.set(READ_AHEAD_AFTER)?;
             injected?;
             advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
@@ -102,37 +119,88 @@ impl Injector {
 impl Drop for Injector {
     fn drop(&mut self) {
         self.state.stop.store(true, Ordering::Relaxed);
+        self.state.stopped.notify_one();
         if let Err(error) = self.finish() {
             tracing::warn!(%error, "injection ended early");
         }
     }
 }
 
-fn inject(root: &OwnedFd, tree: &Tree, runs: &[Run], state: &State) -> io::Result<()> {
-    let paths = tree.paths();
-    let mut files: HashMap<u32, OwnedFd> = HashMap::new();
-    for run in runs {
-        if !files.contains_key(&run.ino) {
-            if files.len() == OPEN_FILES {
-                files.clear();
-            }
-            let path = Path::new(OsStr::from_bytes(&paths[run.ino as usize]));
-            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            files.insert(run.ino, nix::fcntl::openat(root, path, flags, Mode::empty())?);
+/// The hot files, opened on the mount when they are needed.
+struct Files {
+    root: OwnedFd,
+    paths: Vec<Vec<u8>>,
+    open: HashMap<u32, OwnedFd>,
+}
+
+impl Files {
+    fn open(&mut self, ino: u32) -> io::Result<&OwnedFd> {
+        if self.open.len() == OPEN_FILES && !self.open.contains_key(&ino) {
+            self.open.clear();
         }
-        let file = &files[&run.ino];
-        let mut done = 0;
-        while done < run.count {
-            if state.stop.load(Ordering::Relaxed) {
-                return Ok(());
+        match self.open.entry(ino) {
+            Entry::Occupied(file) => Ok(file.into_mut()),
+            Entry::Vacant(place) => {
+                let path = Path::new(OsStr::from_bytes(&self.paths[ino as usize]));
+                let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                Ok(place.insert(nix::fcntl::openat(&self.root, path, flags, Mode::empty())?))
             }
-            let pages = (run.count - done).min(WILLNEED_PAGES);
-            advise(file, run.file_page + done, pages, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
-            done += pages;
-            state.pages.fetch_add(pages.into(), Ordering::Relaxed);
         }
     }
+}
+
+/// `runs` in pieces that the kernel takes whole.
+fn pieces(runs: &[Run]) -> impl Iterator<Item = Run> {
+    runs.iter().flat_map(|run| {
+        (0..run.count).step_by(WILLNEED_PAGES as usize).map(|done| Run {
+            file_page: run.file_page + done,
+            zone_page: run.zone_page + done,
+            count: (run.count - done).min(WILLNEED_PAGES),
+            ..*run
+        })
+    })
+}
+
+fn inject(files: &mut Files, pieces: impl Iterator<Item = Run>, state: &State) -> io::Result<()> {
+    for piece in pieces {
+        if state.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let file = files.open(piece.ino)?;
+        advise(file, piece.file_page, piece.count, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
+        state.pages.fetch_add(piece.count.into(), Ordering::Relaxed);
+    }
     Ok(())
+}
+
+/// Injects what is there, again and again until nothing more will arrive.
+fn inject_arriving(
+    files: &mut Files,
+    runs: &[Run],
+    arrivals: &Arrivals,
+    runtime: &Handle,
+    state: &State,
+) -> io::Result<()> {
+    let mut left: Vec<Run> = pieces(runs).collect();
+    let mut news = arrivals.news();
+    loop {
+        let over = news.borrow_and_update().over;
+        let awaited = arrivals.awaited();
+        let arrived = |piece: &Run| {
+            !(piece.zone_page..piece.zone_page + piece.count).any(|page| awaited.contains(page.into()))
+        };
+        inject(files, left.extract_if(.., |piece| arrived(piece)), state)?;
+        if left.is_empty() || over || state.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        runtime.block_on(async {
+            tokio::select! {
+                // It fails only without a sender, and we hold one.
+                _ = news.changed() => {}
+                () = state.stopped.notified() => {}
+            }
+        });
+    }
 }
 
 /// Advises on the zone pages of all runs, in ascending order: a zone that is not resident is read in once, in

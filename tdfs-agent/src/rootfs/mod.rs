@@ -6,7 +6,11 @@
 //!  EROFS mount (one per image) ---- metadata file, written here from the tree, unlinked
 //!     | device 1: zone file            hot pages, at page-cache speed
 //!     | device 2: cold device          one file of our FUSE server -> ColdSource -> layers
+//!                                                                  \-> zone file, for hot pages that came late
 //! ```
+//!
+//! A hot page that is still under way when the image is mounted lies behind the cold device, whose reads can wait. So it
+//! does for the life of the mount: evicted from the page cache it is read through FUSE again, out of the zone.
 //!
 //! Nothing of it survives the process except the mounts themselves, which serve hot pages on and give EIO for cold ones,
 //! until [`recover`] removes them.
@@ -14,6 +18,7 @@
 //! A process must not read cold pages through a mount that it serves itself: killed meanwhile, its reader would wait
 //! for its server, whose `/dev/fuse` stays open until the reader has ended.
 
+mod awaited;
 pub mod cold;
 pub mod erofs;
 pub mod fuse;
@@ -35,6 +40,7 @@ use tdfs_common::runtime_image::Run;
 use tdfs_common::tree::Tree;
 use tokio::runtime::Handle;
 
+pub use awaited::WaitStats;
 pub use cold::{ColdSource, ColdStats};
 pub use erofs::ErofsError;
 pub use inject::Injector;
@@ -42,9 +48,12 @@ pub use mount::MountError;
 pub use overlay::Overlay;
 pub use rundir::{RunDir, recover};
 
+use awaited::Awaited;
 use cold::ColdDevice;
 use mount::Context;
 use read_ahead::ReadAhead;
+
+use crate::fetch::Arrivals;
 
 /// A root file system cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +92,7 @@ impl RootfsError {
     }
 }
 
-/// The pages of a service, present in its group's zone file.
+/// The pages of a service, present in its group's zone file or on their way there.
 #[derive(Clone, Copy)]
 pub struct HotPages<'a> {
     /// The zone file, on any file system.
@@ -92,6 +101,8 @@ pub struct HotPages<'a> {
     pub zone_pages: u64,
     /// In order of first use.
     pub runs: &'a [Run],
+    /// Tells of the pages on their way; all are present if `None`.
+    pub arrivals: Option<&'a Arc<Arrivals>>,
 }
 
 /// A mounted image. Dropping it unmounts it; if containers still use it, their cold reads fail from then on.
@@ -102,6 +113,8 @@ pub struct RootFs {
     device: u64,
     tree: Arc<Tree>,
     hot: Option<(File, Arc<[Run]>)>,
+    arrivals: Option<Arc<Arrivals>>,
+    runtime: Handle,
     read_ahead: ReadAhead,
     cold: Arc<ColdDevice>,
     // Dropped in this order, behind the unmount.
@@ -111,7 +124,7 @@ pub struct RootFs {
 
 impl RootFs {
     /// Mounts `tree` at `root` in the new run directory `dir`, which must lie on ext4 or xfs, with read-ahead 0. Pages
-    /// that are not `hot` come from `source`, read by tasks on `runtime`. Does not block on `source`.
+    /// that are not `hot` come from `source`, read by tasks on `runtime`. Does not block on `source`, nor on arrivals.
     pub fn mount(
         dir: &Path,
         tree: Arc<Tree>,
@@ -121,11 +134,16 @@ impl RootFs {
     ) -> Result<Self, RootfsError> {
         let hot = hot.filter(|h| !h.runs.is_empty());
         let zone = hot.map(|h| zone_of(&h)).transpose()?;
-        let metadata = erofs::write(&tree, hot.map_or(&[], |h| h.runs), hot.map_or(0, |h| h.zone_pages))?;
+        if let Some(hot) = hot {
+            erofs::check_runs(&tree, hot.runs, hot.zone_pages)?;
+        }
+        let split = hot.zip(zone.as_ref()).map(|(hot, zone)| Awaited::split(&hot, zone));
+        let (present, awaited) = split.transpose()?.unwrap_or_default();
+        let metadata = erofs::write(&tree, &present, hot.map_or(0, |h| h.zone_pages))?;
 
         let dir = RunDir::create(dir).map_err(RootfsError::io(dir))?;
         let failed = RootfsError::io(dir.path());
-        let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source));
+        let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source, awaited));
         let (server, cold_file) = fuse::serve(Arc::clone(&cold), runtime)?;
         // Without a name there is nothing to clean up.
         let unnamed =
@@ -136,7 +154,7 @@ impl RootFs {
         let (context, read_ahead) = ReadAhead::of_new(|| {
             let context = Context::open("erofs")?;
             context.set("source", mount::fd_path(&file))?;
-            for device in zone.iter().chain([&cold_file]) {
+            for device in zone.iter().filter(|_| !present.is_empty()).chain([&cold_file]) {
                 context.set("device", mount::fd_path(device))?;
             }
             context.flag("ro")?;
@@ -160,6 +178,8 @@ impl RootFs {
             device,
             tree,
             hot: zone.zip(hot.map(|h| h.runs.into())),
+            arrivals: hot.and_then(|h| h.arrivals).cloned(),
+            runtime: runtime.clone(),
             read_ahead,
             cold,
             _server: server,
@@ -205,12 +225,13 @@ impl RootFs {
         self.read_ahead.set(kib).map_err(RootfsError::io(&self.root))
     }
 
-    /// Starts to inject the hot pages; `None` without any. End it before the mount.
+    /// Starts to inject the hot pages, awaited ones as they arrive; `None` without any. End it before the mount.
     pub fn inject(&self) -> Result<Option<Injector>, RootfsError> {
         let Some((zone, runs)) = &self.hot else { return Ok(None) };
         let start = |root: File| {
             let (tree, runs) = (Arc::clone(&self.tree), Arc::clone(runs));
-            Injector::start(root.as_fd(), zone.as_fd(), tree, runs, self.read_ahead.clone())
+            let arriving = self.arrivals.as_ref().map(|a| (Arc::clone(a), self.runtime.clone()));
+            Injector::start(root.as_fd(), zone.as_fd(), tree, runs, arriving, self.read_ahead.clone())
         };
         File::open(&self.root).and_then(start).map(Some).map_err(RootfsError::io(&self.root))
     }
@@ -218,6 +239,11 @@ impl RootFs {
     /// What was read through the cold device so far.
     pub fn cold_stats(&self) -> ColdStats {
         self.cold.stats()
+    }
+
+    /// How long hot pages were waited for so far.
+    pub fn wait_stats(&self) -> WaitStats {
+        self.cold.wait_stats()
     }
 
     /// Unmounts and removes everything. If it stays in use it is detached instead, and cold reads fail from then on.

@@ -5,6 +5,7 @@ mod damage;
 mod groups;
 mod mounts;
 mod registry;
+mod streaming;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -146,7 +147,7 @@ fn cold_and_warm(name: &str) -> Result<()> {
     expect_clean(&recorded.state())?;
 
     let node = recorded.path("node");
-    let cold = run(&recorded.reference(), &node, &[])?;
+    let cold = run(&recorded.reference(), &node, &["--start", "fetched"])?;
     let needed = number(&cold, "pages_needed")?;
     ensure!(cold["source"] == "fetched" && number(&cold, "pages_present")? == 0, "{cold}");
     ensure!(needed > 0 && number(&cold, "pages_fetched")? == needed, "{cold}");

@@ -18,7 +18,7 @@ fn copy(from: &str, to: &str) -> Result<()> {
 }
 
 /// Pushes the real image and records its services into the registry.
-fn pushed(registry: &Registry, name: &str, state: &std::path::Path) -> Result<String> {
+pub fn pushed(registry: &Registry, name: &str, state: &std::path::Path) -> Result<String> {
     let image = registry.image(&format!("{name}:latest"));
     copy(&format!("oci:{}:latest", images::image(name)?.display()), &format!("docker://{image}"))?;
     let services = recipe(name)?.services;

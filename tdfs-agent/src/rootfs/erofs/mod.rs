@@ -7,4 +7,5 @@ mod reader;
 mod tests;
 mod writer;
 
+pub(super) use writer::check_runs;
 pub use writer::{ErofsError, Metadata, write};

@@ -62,9 +62,7 @@ pub enum ErofsError {
 /// Metadata for `tree` (validated), with `hot` pages on a zone of `zone_pages`. Without hot pages the cold device
 /// is the only one; else it is the second. No page of a file may be hot twice.
 pub fn write(tree: &Tree, hot: &[Run], zone_pages: u64) -> Result<Metadata, ErofsError> {
-    let mut runs = hot.to_vec();
-    runs.sort_unstable_by_key(|r| (r.ino, r.file_page));
-    check_runs(tree, &runs, zone_pages)?;
+    let runs = check_runs(tree, hot, zone_pages)?;
     let cold = ColdMap::new(tree).filter(|c| c.blocks() < NULL_BLOCK).ok_or(ErofsError::Content)?;
     let devices = if runs.is_empty() { vec![cold.blocks()] } else { vec![zone_pages as u32, cold.blocks()] };
     let layout = Layout::of(tree, &runs, &cold, devices.len() as u16)?;
@@ -79,9 +77,12 @@ pub fn write(tree: &Tree, hot: &[Run], zone_pages: u64) -> Result<Metadata, Erof
     Ok(Metadata { image, nids, cold })
 }
 
-fn check_runs(tree: &Tree, runs: &[Run], zone_pages: u64) -> Result<(), ErofsError> {
+/// `runs` by inode and page, if they fit the tree and a zone of `zone_pages`.
+pub fn check_runs(tree: &Tree, runs: &[Run], zone_pages: u64) -> Result<Vec<Run>, ErofsError> {
+    let mut runs = runs.to_vec();
+    runs.sort_unstable_by_key(|r| (r.ino, r.file_page));
     let mut before: Option<&Run> = None;
-    for run in runs {
+    for run in &runs {
         let end = u64::from(run.file_page) + u64::from(run.count);
         let fail = |reason| Err(ErofsError::Run { ino: run.ino, first: run.file_page, end, reason });
         let Some(Body::Regular { size, .. }) = tree.inodes.get(run.ino as usize).map(|i| &i.body) else {
@@ -101,7 +102,7 @@ fn check_runs(tree: &Tree, runs: &[Run], zone_pages: u64) -> Result<(), ErofsErr
         }
         before = Some(run);
     }
-    Ok(())
+    Ok(runs)
 }
 
 /// Consecutive pages of a file on consecutive blocks of a device.

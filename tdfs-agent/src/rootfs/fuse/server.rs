@@ -1,8 +1,8 @@
 //! Answers the kernel's requests for one file.
 //!
 //! A thread takes requests from `/dev/fuse` and answers at once what it can. A READ that has to wait becomes a tokio
-//! task; [`READS_MAX`] of them hold data at a time. A request that is dropped unanswered (source panicked, runtime gone, server stopped)
-//! is answered EIO. When the server's last descriptor of `/dev/fuse` closes, also by `kill -9`, the kernel answers EIO
+//! task, and any number of them wait at a time. A request that is dropped unanswered (source panicked, runtime gone,
+//! server stopped) is answered EIO. When the server's last descriptor of `/dev/fuse` closes, also by `kill -9`, the kernel answers EIO
 //! to everything: no way leads to zeros.
 
 use std::io::{self, IoSlice};
@@ -17,15 +17,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::EventFd;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use zerocopy::IntoBytes;
 
 use super::protocol::{self, Answer, OutHeader};
 use crate::rootfs::cold::ColdDevice;
-
-/// Reads that may hold data at a time: 64 MiB.
-const READS_MAX: usize = 64;
 
 /// A running server; stops when dropped, whereupon readers get EIO.
 pub struct Server {
@@ -60,7 +56,6 @@ impl Drop for Server {
 /// Until the file system is unmounted or `stop` is signalled.
 fn serve(device: &Arc<OwnedFd>, stop: &EventFd, file: &Arc<ColdDevice>, runtime: &Handle) -> io::Result<()> {
     let mut reads = JoinSet::new();
-    let permits = Arc::new(Semaphore::new(READS_MAX));
     let mut buffer = [0; protocol::REQUEST_MAX];
     loop {
         let len = match nix::unistd::read(device, &mut buffer) {
@@ -93,9 +88,8 @@ fn serve(device: &Arc<OwnedFd>, stop: &EventFd, file: &Arc<ColdDevice>, runtime:
             Answer::Body(body) => reply.send(Ok(&body)),
             Answer::Error(errno) => reply.send(Err(errno)),
             Answer::Read { offset, len } => {
-                let (file, permits) = (Arc::clone(file), Arc::clone(&permits));
+                let file = Arc::clone(file);
                 let read = async move {
-                    let Ok(_permit) = permits.acquire().await else { return };
                     let data = file.read(offset, len).await;
                     if let Err(errno) = data {
                         tracing::warn!(offset, len, errno, "cold read failed");
