@@ -4,6 +4,7 @@ pub mod fingerprint;
 pub mod images;
 pub mod proxy;
 pub mod registry;
+pub mod s3;
 pub mod server;
 pub mod synthetic;
 pub mod tdfs;

@@ -22,7 +22,8 @@ pub fn run(quick: bool) -> Result<()> {
         install::require_root("to mount, trace and run containers; `--quick` runs what needs no root")?;
         stages.run("packages", || {
             install::packages(install::IMAGE_PACKAGES)?;
-            install::packages(install::RUN_PACKAGES)
+            install::packages(install::RUN_PACKAGES)?;
+            install::packages(install::TEST_PACKAGES)
         })?;
     }
     stages.run("fmt", || command::run(cargo().args(["fmt", "--all", "--check"])))?;

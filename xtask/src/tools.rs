@@ -1,4 +1,4 @@
-//! Programs from crates.io that checks run: taken from the PATH, or else built once into `target/tools`.
+//! Programs from crates.io and PyPI that checks run: taken from the PATH, or else put once into `target/tools`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -31,6 +31,25 @@ pub fn cargo_tool(name: &str, version: &str) -> Result<PathBuf> {
         )?;
         // Some hundred megabytes that nothing needs any more.
         fs::remove_dir_all(tools.join("build"))?;
+    }
+    Ok(program)
+}
+
+/// The program `name` of the Python package `package` (`package==version`), in an environment of its own.
+///
+/// # Errors
+///
+/// When pip cannot install it.
+pub fn python_tool(name: &str, package: &str) -> Result<PathBuf> {
+    if command::exists(name) {
+        return Ok(name.into());
+    }
+    let directory = command::workspace().join("target/tools").join(name);
+    let program = directory.join("bin").join(name);
+    if !program.is_file() {
+        command::output(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory))?;
+        let mut pip = Command::new(directory.join("bin/pip"));
+        command::output(pip.args(["install", "--quiet", "--disable-pip-version-check", package]))?;
     }
     Ok(program)
 }

@@ -276,9 +276,33 @@ pub struct ServeArgs {
     /// Address to listen on; port 0 for any, it is printed
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:5000")]
     pub listen: String,
+    /// Fetch what is not there from this registry, http[s]://host[:port], and keep it
+    #[arg(long, value_name = "URL")]
+    pub upstream: Option<String>,
+    /// Trust the certificates in this PEM file as well when talking to the other registry
+    #[arg(long, value_name = "FILE", requires = "upstream")]
+    pub ca_file: Option<PathBuf>,
+    /// Read credentials for the other registry from this docker config instead of the usual places
+    #[arg(long, value_name = "FILE", requires = "upstream")]
+    pub authfile: Option<PathBuf>,
     /// Refuse all that changes something
     #[arg(long)]
     pub read_only: bool,
+    /// Users and their passwords, as `htpasswd -B` writes them
+    #[arg(long, value_name = "FILE")]
+    pub htpasswd: Option<PathBuf>,
+    /// Let everybody pull; only pushes and deletions need a user
+    #[arg(long, requires = "htpasswd")]
+    pub anonymous_pull: bool,
+    /// Speak TLS with the certificates in this PEM file
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Key of the first certificate, a PEM file
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Serve /metrics here instead of beside everything else
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_listen: Option<String>,
 }
 
 /// When to ask the registry.

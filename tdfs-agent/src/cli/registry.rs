@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context as _;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::{GcArgs, RegistryArgs, RegistryCommand, ServeArgs};
 use super::print;
+use crate::oci::ClientOptions;
 use crate::registry::gc::Collection;
 use crate::registry::{Options, Registry, Server};
 
@@ -23,11 +23,26 @@ pub async fn registry(args: &RegistryArgs, json: bool) -> anyhow::Result<ExitCod
 
 async fn serve(args: &ServeArgs, json: bool) -> anyhow::Result<ExitCode> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let registry = Arc::new(Registry::open(&args.root, args.read_only)?);
-    let options = Options { listen: args.listen.clone() };
-    let server = Server::bind(registry, &options).await.with_context(|| args.listen.clone())?;
-    let address = server.address()?;
-    print(json, &json!({ "listen": address }), &format!("listening on {address}"))?;
+    let mut registry = Registry::open(&args.root, args.read_only)?;
+    if let Some(upstream) = &args.upstream {
+        let options = ClientOptions {
+            auth_file: args.authfile.clone(),
+            ca_file: args.ca_file.clone(),
+            ..ClientOptions::default()
+        };
+        registry = registry.pulling_through(upstream, options)?;
+    }
+    let options = Options {
+        listen: args.listen.clone(),
+        metrics_listen: args.metrics_listen.clone(),
+        tls: args.tls_cert.clone().zip(args.tls_key.clone()),
+        htpasswd: args.htpasswd.clone(),
+        anonymous_pull: args.anonymous_pull,
+    };
+    let server = Server::bind(Arc::new(registry), &options).await?;
+    let (address, metrics) = (server.address()?, server.metrics_address()?);
+    let report = json!({ "listen": address, "metrics_listen": metrics });
+    print(json, &report, &format!("listening on {address}"))?;
     server
         .run(async {
             tokio::select! {

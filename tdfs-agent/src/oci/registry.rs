@@ -139,11 +139,28 @@ impl Registry {
     }
 
     /// Whether a blob is there.
-    pub async fn has_blob(&self, digest: &Digest, mut attempts: Attempts<'_>) -> Result<bool, OciError> {
+    pub async fn has_blob(&self, digest: &Digest, attempts: Attempts<'_>) -> Result<bool, OciError> {
+        Ok(self.head_blob(digest, attempts).await?.is_some())
+    }
+
+    /// Bytes of a blob, if it is there.
+    pub async fn blob_size(&self, digest: &Digest) -> Result<Option<u64>, OciError> {
+        let Some(answer) = self.head_blob(digest, self.attempts_anywhere()).await? else { return Ok(None) };
+        match answer.length() {
+            Some(size) => Ok(Some(size)),
+            None => Err(OciError::malformed(answer.url, "a blob without a size")),
+        }
+    }
+
+    async fn head_blob(
+        &self,
+        digest: &Digest,
+        mut attempts: Attempts<'_>,
+    ) -> Result<Option<Answer>, OciError> {
         loop {
             match attempts.endpoint().head(&format!("blobs/{digest}")).await {
-                Ok(_) => return Ok(true),
-                Err(e) if e.is_not_found() && attempts.is_last() => return Ok(false),
+                Ok(answer) => return Ok(Some(answer)),
+                Err(e) if e.is_not_found() && attempts.is_last() => return Ok(None),
                 Err(e) => attempts.failed(e).await?,
             }
         }

@@ -225,6 +225,17 @@ impl Store {
         }
     }
 
+    /// Bytes of a blob, if it is there.
+    pub async fn blob_size(&self, digest: &Digest) -> Result<Option<u64>, OciError> {
+        match &self.backend {
+            Backend::Registry(registry) => registry.blob_size(digest).await,
+            Backend::Layout { layout, .. } => {
+                let (layout, digest) = (layout.clone(), *digest);
+                blocking(move || layout.size(&digest)).await
+            }
+        }
+    }
+
     /// The digest of the manifest at `tag`, as the registry itself (no mirror) has it now.
     pub async fn tag_digest(&self, tag: &str) -> Result<Option<Digest>, OciError> {
         match &self.backend {

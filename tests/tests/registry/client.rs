@@ -113,14 +113,22 @@ impl Client {
 
     /// Ends an upload.
     pub async fn finish(&self, location: &str, digest: &str, body: Bytes) -> Result<Answer> {
-        self.send(self.request(Method::PUT, &format!("{location}?digest={digest}")).body(body)).await
+        let separator = if location.contains('?') { '&' } else { '?' };
+        let path = format!("{location}{separator}digest={digest}");
+        self.send(self.request(Method::PUT, &path).body(body)).await
     }
 
-    /// Pushes a blob in one request.
+    /// Pushes a blob in one request, or in two where one does not suffice.
     pub async fn push_blob(&self, name: &str, blob: &Bytes) -> Result<Digest> {
         let digest = Digest::of(blob);
         let path = format!("/v2/{name}/blobs/uploads/?digest={digest}");
-        self.send(self.request(Method::POST, &path).body(blob.clone())).await?.expect(201)?;
+        let answer = self.send(self.request(Method::POST, &path).body(blob.clone())).await?;
+        if answer.status == 202 {
+            let location = answer.header("location");
+            self.finish(location, &digest.to_string(), blob.clone()).await?.expect(201)?;
+            return Ok(digest);
+        }
+        answer.expect(201)?;
         Ok(digest)
     }
 

@@ -5,10 +5,13 @@ use std::process::Command;
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
-use tdfs_tests::images;
+use serde_json::Value;
 use tdfs_tests::server::Server;
+use tdfs_tests::{images, tdfs};
 use tempfile::TempDir;
 use xtask::command;
+use xtask::containerd::Containerd;
+use xtask::network::Place;
 
 use super::client::Client;
 
@@ -48,5 +51,78 @@ async fn skopeo_copies_both_ways_and_deletes() -> Result<()> {
         Client::new(&server).get("/v2/team/nginx/manifests/v1").await?.refused(404, "MANIFEST_UNKNOWN")?;
     }
     assert!(server.stop(Signal::SIGTERM)?.success());
+    Ok(())
+}
+
+#[test]
+fn containerd_pulls_and_pushes() -> Result<()> {
+    let dir = TempDir::new()?;
+    let server = Server::start(&dir.path().join("registry"), &[])?;
+    let layout = images::image("nginx")?;
+    let (here, there) = (server.image("team/nginx:v1"), server.image("other/nginx:v2"));
+    let source = format!("oci:{}:latest", layout.display());
+    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{here}")])?;
+    let containerd = Containerd::start(dir.path(), &Place::here())?;
+    let ctr = |arguments: &[&str]| command::output(containerd.ctr().args(arguments));
+    ctr(&["images", "pull", "--plain-http", "--snapshotter", "native", &here])?;
+    ctr(&["images", "push", "--plain-http", &there, &here])?;
+    let back = dir.path().join("back");
+    let target = format!("oci:{}:latest", back.display());
+    skopeo(&["copy", "--quiet", "--src-tls-verify=false", &format!("docker://{there}"), &target])?;
+    assert_eq!(blobs(&layout)?, blobs(&back)?);
+    Ok(())
+}
+
+#[test]
+fn buildah_pulls_and_pushes() -> Result<()> {
+    let dir = TempDir::new()?;
+    let server = Server::start(&dir.path().join("registry"), &[])?;
+    let layout = images::image("nginx")?;
+    let (here, there) = (server.image("team/nginx:v1"), server.image("other/nginx:v2"));
+    let source = format!("oci:{}:latest", layout.display());
+    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{here}")])?;
+    let policy = dir.path().join("policy.json");
+    std::fs::write(&policy, r#"{ "default": [{ "type": "insecureAcceptAnything" }] }"#)?;
+    let buildah = |verb: &str, arguments: &[&str]| {
+        let mut buildah = Command::new("buildah");
+        buildah.arg("--root").arg(dir.path().join("storage")).arg("--runroot").arg(dir.path().join("run"));
+        buildah.args(["--storage-driver", "vfs", verb, "--tls-verify=false", "--signature-policy"]);
+        command::output(buildah.arg(&policy).args(arguments))
+    };
+    buildah("pull", &[&format!("docker://{here}")])?;
+    buildah("push", &[&here, &format!("docker://{there}")])?;
+    let inspect =
+        |image: &str| skopeo(&["inspect", "--config", "--tls-verify=false", &format!("docker://{image}")]);
+    let (pushed, original): (Value, Value) =
+        (serde_json::from_str(&inspect(&there)?)?, serde_json::from_str(&inspect(&here)?)?);
+    assert_eq!(pushed["rootfs"], original["rootfs"]);
+    Ok(())
+}
+
+#[test]
+fn tdfs_records_into_it_and_starts_from_it() -> Result<()> {
+    let dir = TempDir::new()?;
+    let server = Server::start(&dir.path().join("registry"), &[])?;
+    let image = server.image("team/nginx:latest");
+    let source = format!("oci:{}:latest", images::image("nginx")?.display());
+    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{image}")])?;
+    let service = &images::recipe("nginx")?.services[0];
+    let state = |name: &str| dir.path().join(name).display().to_string();
+    tdfs::json([
+        "record",
+        &image,
+        "--service",
+        service.name,
+        "--push",
+        "--ready",
+        service.ready,
+        "--state",
+        &state("recorder"),
+    ])?;
+    let run = ["run", &image, "--exit-when-ready", "--network", "private", "--state", &state("node")];
+    let cold = tdfs::json(run)?;
+    assert!(cold["data_requests"] == 1 && cold["pages_fetched"] == cold["pages_needed"], "{cold}");
+    let warm = tdfs::json(run)?;
+    assert!(warm["source"] == "resident" && warm["data_requests"] == 0, "{warm}");
     Ok(())
 }

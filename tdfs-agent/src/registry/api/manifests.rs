@@ -53,10 +53,9 @@ pub async fn put(
     {
         return Err(Refusal::digest_invalid(format_args!("the manifest has digest {digest}")));
     }
-    let repositories = registry.repositories();
-    repositories.push(name, &media_type, &document, bytes).await?;
+    registry.push(name, &media_type, &document, bytes).await?;
     if let ManifestName::Tag(tag) = &reference {
-        repositories.set_tag(name, tag, &Tag { digest, upstream: false }).await?;
+        registry.repositories().set_tag(name, tag, &Tag { digest, upstream: false }).await?;
     }
     let mut response = empty(
         StatusCode::CREATED,

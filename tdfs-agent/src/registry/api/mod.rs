@@ -14,14 +14,17 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use axum::http::header::{
+    ALLOW, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, WWW_AUTHENTICATE,
+};
 use axum::http::request::Parts;
 use axum::http::{Method, Response, StatusCode};
+use axum::middleware::Next;
 use axum::response::IntoResponse;
-use axum::routing::get;
 use futures_util::stream::{self, StreamExt as _};
 use serde::Serialize;
 
+use super::access::Access;
 use super::request::{ParseError, Route};
 use super::uploads::{self as sessions, BodyError};
 use super::{Registry, page_service};
@@ -40,11 +43,23 @@ struct Head(Parts);
 /// Serves `registry`, with the page service beside it.
 pub fn router(registry: Arc<Registry>) -> Router {
     let pages = page_service::router(registry.clone(), &page_service::Limits::default());
-    Router::new().route("/healthz", get(healthy)).fallback(dispatch).with_state(registry).merge(pages)
+    Router::new().fallback(dispatch).with_state(registry).merge(pages)
 }
 
-async fn healthy() -> &'static str {
-    "ok\n"
+/// Lets through who may pass. That this is a registry is told to nobody without credentials: clients ask for it to
+/// learn whether they need any.
+pub async fn guard(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response<Body> {
+    let path = request.uri().path();
+    let is_api = path == "/v2" || path.starts_with("/v2/");
+    let is_base = matches!(path, "/v2" | "/v2/");
+    // The page service answers questions, whatever the method.
+    let is_pull = !is_base && (!is_api || matches!(*request.method(), Method::GET | Method::HEAD));
+    let authorization = request.headers().get(AUTHORIZATION).map(|v| v.to_str().unwrap_or_default());
+    if access.allows(authorization, is_pull).await {
+        return next.run(request).await;
+    }
+    let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "this needs a user and a password");
+    refusal.with(WWW_AUTHENTICATE, "Basic realm=\"tdfs registry\"").into_response()
 }
 
 async fn dispatch(State(registry): State<Arc<Registry>>, request: Request) -> Response<Body> {

@@ -1,0 +1,160 @@
+//! One line per request on standard error, and the counters, when the last byte of the answer is out or the client
+//! went away.
+//!
+//! ```text
+//! {"time":"2026-01-02T03:04:05.678Z","remote":"10.0.0.1:4711","method":"GET","path":"/v2/a/tags/list","status":200,
+//!  "bytes":17,"received":0,"seconds":0.001,"user_agent":"skopeo/1.9","complete":true}
+//! ```
+//!
+//! `bytes` and `received` count bodies. An answer is complete when its body was handed to the connection whole.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Instant, SystemTime};
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::header::{CONTENT_LENGTH, USER_AGENT};
+use axum::middleware::Next;
+use axum::response::Response;
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use serde_json::json;
+
+use super::metrics::Metrics;
+
+/// Bytes of a path or user agent that are worth a log line.
+const SHOWN: usize = 512;
+
+/// What is known of a request before it is over.
+struct Record {
+    metrics: Arc<Metrics>,
+    began: Instant,
+    remote: Option<SocketAddr>,
+    method: String,
+    path: String,
+    user_agent: String,
+    status: u16,
+    received: Arc<AtomicU64>,
+    sent: u64,
+    /// Bytes of the answer's body, if it is known from the beginning.
+    announced: Option<u64>,
+    /// Nothing of it is left.
+    is_at_end: bool,
+}
+
+/// Logs and counts what passes.
+pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let text = |value: &str| value.chars().take(SHOWN).collect::<String>();
+    let user_agent = parts.headers.get(USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let received = Arc::new(AtomicU64::new(0));
+    let mut record = Record {
+        metrics,
+        began: Instant::now(),
+        remote: parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0),
+        method: text(parts.method.as_str()),
+        path: text(parts.uri.path()),
+        user_agent: text(user_agent),
+        status: 0,
+        received: received.clone(),
+        sent: 0,
+        announced: None,
+        is_at_end: false,
+    };
+    let body = Body::new(Counted { body, received });
+    let response = next.run(Request::from_parts(parts, body)).await;
+    record.status = response.status().as_u16();
+    let (parts, body) = response.into_parts();
+    record.announced = parts.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    record.is_at_end = body.is_end_stream();
+    Response::from_parts(parts, Body::new(Observed { body, record }))
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        // Nobody asks for the end of a body whose length is known.
+        let is_complete = self.is_at_end || self.announced == Some(self.sent);
+        let (took, received) = (self.began.elapsed(), self.received.load(Ordering::Relaxed));
+        self.metrics.request(&self.method, self.status, self.sent, received, took);
+        let line = json!({
+            "time": humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            "remote": self.remote,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "bytes": self.sent,
+            "received": received,
+            "seconds": took.as_secs_f64(),
+            "user_agent": self.user_agent,
+            "complete": is_complete,
+        });
+        // A log that nobody reads must not stop the server.
+        let _ = writeln!(std::io::stderr().lock(), "{line}");
+    }
+}
+
+/// The body of an answer.
+struct Observed {
+    body: Body,
+    record: Record,
+}
+
+impl http_body::Body for Observed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            self.record.sent += frame.data_ref().map_or(0, |data| data.len() as u64);
+        }
+        self.record.is_at_end = frame.is_none() || self.body.is_end_stream();
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The body of a request.
+struct Counted {
+    body: Body,
+    received: Arc<AtomicU64>,
+}
+
+impl http_body::Body for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {
+            self.received.fetch_add(data.len() as u64, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
