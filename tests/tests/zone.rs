@@ -11,7 +11,7 @@ use anyhow::Result;
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
-use tdfs_agent::fetch::{FetchStats, fetch};
+use tdfs_agent::fetch::{FetchStats, PageService, fetch};
 use tdfs_agent::oci::{CONFIG_TYPE, ClientOptions, Descriptor, Image, MANIFEST_TYPE, Reference, Store};
 use tdfs_agent::pack::{Choice, Pack, Packed, ServiceInput, attach, list, load, read_group};
 use tdfs_agent::rtpc::Zone;
@@ -125,7 +125,7 @@ impl OneFile {
 
     async fn fetch(&self, store: &Store, state: &Path, service: &Service) -> Result<FetchStats> {
         let zone = Arc::new(Zone::open(state, service)?);
-        let (stats, commit) = fetch(store, service, &zone, &|_, _| {}).await?;
+        let (stats, commit) = fetch(store, &mut PageService::default(), service, &zone, &|_, _| {}).await?;
         assert_eq!(zone.missing().count(), 0);
         for run in &service.runs {
             let mut pages = vec![0; run.count as usize * PAGE_SIZE];
@@ -190,7 +190,7 @@ async fn two_services_of_an_image_in_a_registry() -> Result<()> {
     assert_eq!((stats.pages_present, stats.data_requests), (2000, 0));
     let fresh = dir.path().join("fresh");
     let zone = Arc::new(Zone::open(&fresh, &loaded.service)?);
-    let failed = fetch(&node, &loaded.service, &zone, &|_, _| {}).await;
+    let failed = fetch(&node, &mut PageService::default(), &loaded.service, &zone, &|_, _| {}).await;
     let line = failed.map(|(stats, _)| stats).unwrap_err().to_string();
     assert!(line.contains(&registry.addr.to_string()) && !line.contains('\n'), "{line}");
     assert_eq!(zone.missing().count(), 2000);

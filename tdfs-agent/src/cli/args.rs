@@ -69,6 +69,9 @@ pub struct Common {
     /// Try this registry before the image's own; may be given several times
     #[arg(long, value_name = "URL")]
     pub mirror: Vec<String>,
+    /// Whether to fetch from the page service of a registry or mirror that has one
+    #[arg(long, value_enum, default_value_t = PageServiceUse::Auto)]
+    pub page_service: PageServiceUse,
     /// Trust the certificates in this PEM file as well
     #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
@@ -303,6 +306,15 @@ pub struct ServeArgs {
     /// Serve /metrics here instead of beside everything else
     #[arg(long, value_name = "ADDRESS")]
     pub metrics_listen: Option<String>,
+}
+
+/// When to use a page service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PageServiceUse {
+    /// Where there is one
+    Auto,
+    /// Nowhere: blobs and ranges only
+    Never,
 }
 
 /// When to ask the registry.

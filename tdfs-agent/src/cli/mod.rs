@@ -79,6 +79,7 @@ impl Common {
             plain_http: self.plain_http.then_some(true),
             auth_file: self.authfile.clone(),
             ca_file: self.ca_file.clone(),
+            page_service: self.page_service == args::PageServiceUse::Auto,
             ..ClientOptions::default()
         };
         if let Some(platform) = &self.platform {

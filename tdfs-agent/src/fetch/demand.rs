@@ -19,8 +19,8 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::plan::{Request, plan_exactly};
-use super::receive::receive;
-use super::{FetchError, Injection};
+use super::receive::{Sink as _, receive};
+use super::{FetchError, Ranged};
 use crate::oci::Store;
 
 /// Demanded requests under way at the same time.
@@ -31,7 +31,11 @@ const NEAR: u64 = 512 << 10;
 const NEAR_WAIT: Duration = Duration::from_millis(250);
 
 /// The planned requests, and how far the answer to each has come.
-pub struct Streams(Vec<Stream>);
+pub struct Streams {
+    planned: Vec<Stream>,
+    /// Whether there is an answer that brings everything in order of first use: it may do so with any page.
+    everything: bool,
+}
 
 struct Stream {
     blob: Digest,
@@ -44,30 +48,36 @@ impl Streams {
     pub fn of(requests: &[Request]) -> Self {
         let stream =
             |r: &Request| Stream { blob: r.blob, bytes: r.bytes.clone(), received: AtomicU64::new(0) };
-        Self(requests.iter().map(stream).collect())
+        Self { planned: requests.iter().map(stream).collect(), everything: false }
+    }
+
+    /// One answer is about to bring every page.
+    pub fn of_everything() -> Self {
+        Self { planned: Vec::new(), everything: true }
     }
 
     /// `bytes` more came for the request at `place`.
     pub fn received(&self, place: usize, bytes: u64) {
-        self.0[place].received.fetch_add(bytes, Ordering::Relaxed);
+        self.planned[place].received.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Whether a running answer has just brought what `request` asks for, or is about to.
     fn near(&self, request: &Request) -> bool {
-        self.0.iter().any(|s| {
-            let received = s.received.load(Ordering::Relaxed);
-            let reach = s.bytes.end.min(s.bytes.start + received + NEAR);
-            let inside = s.bytes.start <= request.bytes.start && request.bytes.end <= reach;
-            received > 0 && s.blob == request.blob && inside
-        })
+        self.everything
+            || self.planned.iter().any(|s| {
+                let received = s.received.load(Ordering::Relaxed);
+                let reach = s.bytes.end.min(s.bytes.start + received + NEAR);
+                let inside = s.bytes.start <= request.bytes.start && request.bytes.end <= reach;
+                received > 0 && s.blob == request.blob && inside
+            })
     }
 }
 
-/// Answers the demands of `injection`'s arrivals for as long as it is polled.
+/// Answers the demands of `sink`'s arrivals for as long as it is polled.
 pub async fn answer(
     store: &Store,
     service: &Service,
-    injection: &Arc<Injection>,
+    sink: &Arc<Ranged>,
     streams: &Streams,
     received: &impl Fn(u64),
 ) -> Infallible {
@@ -75,7 +85,7 @@ pub async fn answer(
     let (requests, frames) = (&requests, &frames);
     let overtake = |request: Request| async move {
         let pages: Vec<Range<u64>> = request.frames.iter().map(|f| f.placed.pages.clone()).collect();
-        let arrivals = &injection.arrivals;
+        let arrivals = &sink.injection.arrivals;
         if streams.near(&request) && timeout(NEAR_WAIT, arrivals.expect(&pages)).await.is_ok() {
             return Ok(());
         }
@@ -84,15 +94,16 @@ pub async fn answer(
         if !pages.iter().any(|p| arrivals.awaits(p.clone())) {
             return Ok(());
         }
+        sink.asked();
         let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
-        receive(&request, bytes, frames, injection, received).await
+        receive(&request, bytes, frames, sink, received).await
     };
     let mut asked = PageBitmap::new(service.zone_pages());
     let mut answers = FuturesUnordered::new();
     loop {
         tokio::select! {
-            demands = injection.arrivals.demands() => {
-                let awaited = injection.arrivals.awaited();
+            demands = sink.injection.arrivals.demands() => {
+                let awaited = sink.injection.arrivals.awaited();
                 let mut wanted = PageBitmap::new(service.zone_pages());
                 demands.into_iter().flatten().filter(|p| awaited.contains(*p) && !asked.contains(*p))
                     .for_each(|page| wanted.insert(page));

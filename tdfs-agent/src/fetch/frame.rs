@@ -6,8 +6,10 @@
 
 use std::io;
 
+use blake3::hazmat::ChainingValue;
 use tdfs_common::digest::ContentHash;
 use tdfs_common::page::PAGE_SIZE;
+use tdfs_common::proof::{self, PageSet};
 use tdfs_common::runtime_image::{FRAME_PAGES, Frame};
 use zstd::bulk::{Compressor, Decompressor};
 
@@ -61,6 +63,34 @@ impl Decoder {
         };
         if ContentHash::of(pages) == frame.hash { Ok(pages) } else { Err(FrameError::Hash) }
     }
+
+    /// The verified pages in `set` of `frame`, sent as `bytes`, which are `plain` or one zstd frame. The chaining
+    /// `values` prove that they belong to it.
+    pub fn cut<'a>(
+        &'a mut self,
+        frame: &Frame,
+        set: PageSet,
+        values: &[ChainingValue],
+        plain: bool,
+        bytes: &'a [u8],
+    ) -> Result<&'a [u8], FrameError> {
+        let want = set.count_ones() as usize * PAGE_SIZE;
+        let pages = if plain {
+            bytes
+        } else {
+            let pages = &mut self.pages[..want];
+            let got = self.zstd.decompress_to_buffer(bytes, pages).map_err(FrameError::Zstd)?;
+            &pages[..got]
+        };
+        if pages.len() != want {
+            return Err(FrameError::Length { got: pages.len(), want });
+        }
+        if proof::root(frame.pages, set, pages, values) == Some(frame.hash) {
+            Ok(pages)
+        } else {
+            Err(FrameError::Hash)
+        }
+    }
 }
 
 /// Encodes up to [`FRAME_PAGES`] whole pages at zstd `level`.
@@ -107,6 +137,38 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn cut_pages_are_given_out_only_with_their_proof(
+            count in 1u32..=64,
+            set in any::<u64>(),
+            plain in any::<bool>(),
+            at in any::<proptest::sample::Index>(),
+            flip in 1u8..,
+        ) {
+            let set = set & proof::all(count);
+            prop_assume!(set != 0);
+            let mut decoder = Decoder::new().unwrap();
+            let pages = pages(count as usize, 3, true);
+            let (frame, _) = encode(&pages, 1).unwrap();
+            let values = proof::prove(&pages, set).unwrap();
+            let chosen = pages.chunks(PAGE_SIZE).enumerate().filter(|(n, _)| set >> n & 1 == 1);
+            let cut: Vec<u8> = chosen.flat_map(|(_, page)| page).copied().collect();
+            let sent = if plain { cut.clone() } else { zstd::bulk::compress(&cut, 1).unwrap() };
+            prop_assert_eq!(decoder.cut(&frame, set, &values, plain, &sent).unwrap(), &cut[..]);
+            let mut damaged = sent.clone();
+            damaged[at.index(sent.len())] ^= flip;
+            if let Ok(pages) = decoder.cut(&frame, set, &values, plain, &damaged) {
+                prop_assert_eq!(pages, &cut[..]);
+            }
+            prop_assert!(decoder.cut(&frame, set, &values, plain, &sent[..at.index(sent.len())]).is_err());
+            if let Some((_, fewer)) = values.split_first() {
+                prop_assert!(decoder.cut(&frame, set, fewer, plain, &sent).is_err());
+            }
+            if set & 1 == 0 {
+                prop_assert!(decoder.cut(&frame, set >> 1, &values, plain, &sent).is_err());
+            }
+        }
+
         #[test]
         fn round_trips_and_notices_any_damage(
             count in 1usize..=64,

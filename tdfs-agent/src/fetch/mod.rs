@@ -1,8 +1,12 @@
 //! Bringing what a service needs onto the node, verified.
 //!
 //! ```text
-//! service, zone --diff--> missing pages --plan--> range requests --receive--> frames --verify--> inject
+//! service, zone --diff--> missing pages -+-> page service: one answer ----------> frames, cuts --verify--> inject
+//!                                        +-> plan --> range requests --receive--> frames ------/
 //! ```
+//!
+//! Sources in their order: what is here, the page service of a mirror, that of the registry, ranges, whole segments.
+//! Which of them brought what, and why one was left, is in [`Sources`].
 //!
 //! [`fetch`] is exclusive per zone among all processes: a second one waits and then finds the pages there. It returns
 //! when the pages are usable; making them durable goes on in the background, see [`Commit`]. A crash at any point
@@ -11,10 +15,13 @@
 
 mod arrivals;
 mod demand;
+mod experience;
 pub mod frame;
 mod layers;
+mod page_service;
 mod plan;
 mod receive;
+mod sources;
 
 use std::collections::HashMap;
 use std::io;
@@ -38,8 +45,10 @@ use crate::rtpc::{RtpcError, Writer, Zone};
 pub use arrivals::{Arrivals, News};
 use demand::Streams;
 pub use layers::{ImageLayers, LayerStats, PulledImage, pull_image};
+pub use page_service::{Metadata, PageService};
 use plan::{Request, plan, plan_whole};
 use receive::{Sink, receive};
+pub use sources::{SourceUse, Sources};
 
 /// Requests under way at the same time: enough to keep a link busy while another answer starts.
 const REQUESTS_AT_ONCE: usize = 4;
@@ -168,16 +177,18 @@ impl Commit {
     }
 }
 
-/// Brings every page that `service` lacks into its `zone`.
+/// Brings every page that `service` lacks into its `zone`: from the page services in `pages`, and by ranges from `store`
+/// what they do not bring.
 ///
 /// What was verified before an error stays usable.
 pub async fn fetch(
     store: &Store,
+    pages: &mut PageService,
     service: &Service,
     zone: &Arc<Zone>,
     progress: Progress<'_>,
 ) -> Result<(FetchStats, Commit), FetchError> {
-    fetch_announced(store, service, zone, &Arc::new(Arrivals::new(zone.missing())), progress).await
+    fetch_announced(store, pages, service, zone, &Arc::new(Arrivals::new(zone.missing())), progress).await
 }
 
 /// Does what [`fetch`] does and tells `arrivals`, made of the pages that `zone` lacks, about every page; what they
@@ -185,6 +196,7 @@ pub async fn fetch(
 /// dropped, nobody waits any more.
 pub async fn fetch_announced(
     store: &Store,
+    pages: &mut PageService,
     service: &Service,
     zone: &Arc<Zone>,
     arrivals: &Arc<Arrivals>,
@@ -206,24 +218,21 @@ pub async fn fetch_announced(
     for brought_by_another in arrivals.awaited().difference(&missing).runs() {
         arrivals.arrive(brought_by_another);
     }
-    let before = store.requests().data_requests;
+    // An answer that is open was asked for before.
+    let before = store.requests().data_requests - u64::from(pages.is_open());
     let received = AtomicU64::new(0);
-    let plan = plan(service, &missing);
-    let total = plan.iter().map(|r| r.bytes.end - r.bytes.start).sum();
+    let total = plan(service, &missing).iter().map(|r| r.bytes.end - r.bytes.start).sum();
     let count = |bytes| {
         let so_far = received.fetch_add(bytes, Ordering::Relaxed) + bytes;
         progress(so_far.min(total), total);
     };
-    let injection = Arc::new(Injection { writer, arrivals: arrivals.clone(), pages: AtomicU64::new(0) });
-    let answered = async {
-        let outcome = answer_in_order(store, service, plan, &injection, &count).await;
-        if let Err(FetchError::Oci(OciError::Range { .. })) = &outcome {
-            tracing::warn!("the registry does not serve ranges: fetching whole segments");
-            let plan = plan_whole(service, &injection.writer.missing());
-            return answer_all(store, plan, &injection, |_, bytes| count(bytes)).await;
-        }
-        outcome
-    };
+    let injection = Arc::new(Injection {
+        writer,
+        arrivals: arrivals.clone(),
+        pages: AtomicU64::new(0),
+        sources: pages.sources(),
+    });
+    let answered = bring(store, pages, service, &injection, &count);
     let outcome = tokio::select! {
         biased;
         outcome = answered => outcome,
@@ -231,6 +240,7 @@ pub async fn fetch_announced(
         () = arrivals.complete() => Ok(()),
         () = arrivals.cancelled() => Ok(()),
     };
+    pages.learn();
     stats.pages_fetched = injection.pages.load(Ordering::Relaxed);
     stats.bytes_fetched = received.into_inner();
     stats.data_requests = store.requests().data_requests - before;
@@ -263,6 +273,30 @@ struct Injection {
     writer: Writer,
     arrivals: Arc<Arrivals>,
     pages: AtomicU64,
+    sources: Sources,
+}
+
+/// Pages that are brought by ranges or in whole segments, and counted as such.
+struct Ranged {
+    injection: Arc<Injection>,
+    name: &'static str,
+}
+
+impl Sink for Ranged {
+    fn asked(&self) {
+        self.injection.sources.count(self.name, |used| used.requests += 1);
+    }
+
+    fn wants(&self, frame: &PlacedFrame) -> bool {
+        self.injection.wants(frame)
+    }
+
+    fn accept(&self, frame: &PlacedFrame, pages: &[u8]) -> Result<(), FetchError> {
+        if self.wants(frame) {
+            self.injection.sources.count(self.name, |used| used.pages += u64::from(frame.frame.pages));
+        }
+        self.injection.accept(frame, pages)
+    }
 }
 
 impl Sink for Injection {
@@ -281,23 +315,50 @@ impl Sink for Injection {
     }
 }
 
-/// Sends the planned requests and, beside them, those for what a reader waits for.
-async fn answer_in_order(
+/// Brings what is missing: out of page services, by ranges, in whole segments, as far as each of them can. Beside the
+/// first two, what a reader waits for is asked for apart.
+async fn bring(
     store: &Store,
+    pages: &mut PageService,
     service: &Service,
-    plan: Vec<Request>,
     injection: &Arc<Injection>,
-    received: &impl Fn(u64),
+    count: &impl Fn(u64),
 ) -> Result<(), FetchError> {
-    let streams = Streams::of(&plan);
-    let count = |request, bytes| {
+    let sink = |name| Arc::new(Ranged { injection: injection.clone(), name });
+    let ranges = sink("ranges");
+    let received = |bytes| {
+        injection.sources.count("ranges", |used| used.bytes += bytes);
+        count(bytes);
+    };
+    let missing = || injection.writer.missing();
+    let streams = Streams::of_everything();
+    tokio::select! {
+        outcome = pages.fetch(service, missing, injection, count) => outcome?,
+        never = demand::answer(store, service, &ranges, &streams, &received) => match never {},
+    }
+    let planned = plan(service, &missing());
+    if planned.is_empty() {
+        return Ok(());
+    }
+    let streams = Streams::of(&planned);
+    let counted = |request, bytes| {
         streams.received(request, bytes);
         received(bytes);
     };
-    tokio::select! {
-        outcome = answer_all(store, plan, injection, count) => outcome,
-        never = demand::answer(store, service, injection, &streams, received) => match never {},
+    let outcome = tokio::select! {
+        outcome = answer_all(store, planned, &ranges, counted) => outcome,
+        never = demand::answer(store, service, &ranges, &streams, &received) => match never {},
+    };
+    if !matches!(outcome, Err(FetchError::Oci(OciError::Range { .. }))) {
+        return outcome;
     }
+    tracing::warn!("the registry does not serve ranges: fetching whole segments");
+    injection.sources.failed("ranges", "no_ranges");
+    let counted = |_, bytes| {
+        injection.sources.count("segments", |used| used.bytes += bytes);
+        count(bytes);
+    };
+    answer_all(store, plan_whole(service, &missing()), &sink("segments"), counted).await
 }
 
 /// Reads `segments` from `store` as a whole, verifies every frame, and returns where each page content lies; of equal
@@ -345,6 +406,7 @@ async fn answer_all(
     stream::iter(requests.iter().enumerate())
         .map(Ok)
         .try_for_each_concurrent(REQUESTS_AT_ONCE, |(place, request)| async move {
+            sink.asked();
             let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
             receive(request, bytes, slots, sink, |bytes| received(place, bytes)).await
         })

@@ -25,6 +25,9 @@ thread_local! {
 
 /// What is done with verified pages, on a blocking thread.
 pub trait Sink: Send + Sync + 'static {
+    /// A request for pages is sent.
+    fn asked(&self) {}
+
     /// Whether the pages of a frame are of use; they may have come another way since the request was planned.
     fn wants(&self, _frame: &PlacedFrame) -> bool {
         true
@@ -68,7 +71,7 @@ where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
     FetchError: From<E>,
 {
-    let mut incoming = Incoming { stream, chunk: Bytes::new(), received };
+    let mut incoming = Incoming::new(stream, received);
     for planned in &request.frames {
         // The semaphore is never closed.
         let slot = if planned.wanted { slots.clone().acquire_owned().await.ok() } else { None };
@@ -122,7 +125,7 @@ fn finished(job: Result<Result<(), FetchError>, JoinError>) -> Result<(), FetchE
 }
 
 /// A byte stream read in pieces of our choice.
-struct Incoming<S, F> {
+pub struct Incoming<S, F> {
     stream: S,
     chunk: Bytes,
     received: F,
@@ -134,9 +137,14 @@ where
     FetchError: From<E>,
     F: Fn(u64),
 {
+    /// Reads `stream` and tells `received` about every piece of it.
+    pub fn new(stream: S, received: F) -> Self {
+        Self { stream, chunk: Bytes::new(), received }
+    }
+
     /// The next `len` bytes, or none of them unless they are to be kept; `Err` with the number of bytes there were
     /// before the stream ended.
-    async fn take(&mut self, len: usize, keep: bool) -> Result<Result<Bytes, usize>, FetchError> {
+    pub async fn take(&mut self, len: usize, keep: bool) -> Result<Result<Bytes, usize>, FetchError> {
         let mut kept = BytesMut::new();
         let mut got = 0;
         loop {

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::NodeError;
 use super::start::ms;
-use crate::fetch::{Arrivals, Commit, FetchError, FetchStats, Progress, fetch_announced};
+use crate::fetch::{Arrivals, Commit, FetchError, FetchStats, PageService, Progress, fetch_announced};
 use crate::oci::Store;
 use crate::rtpc::Zone;
 
@@ -43,7 +43,7 @@ struct Fetched {
 
 impl Fetching {
     /// Starts to bring what `service` lacks into its `zone`.
-    pub fn begin(store: &Store, service: &Arc<Service>, zone: &Arc<Zone>) -> Self {
+    pub fn begin(store: &Store, mut pages: PageService, service: &Arc<Service>, zone: &Arc<Zone>) -> Self {
         let begin = Instant::now();
         let arrivals = Arc::new(Arrivals::new(zone.missing()));
         let (tell, bytes) = watch::channel((0, 0));
@@ -54,7 +54,7 @@ impl Fetching {
             let progress = |done, total| {
                 tell.send_replace((done, total));
             };
-            let fetched = fetch_announced(&store, &service, &zone, &announced, &progress).await;
+            let fetched = fetch_announced(&store, &mut pages, &service, &zone, &announced, &progress).await;
             if let Err(error) = &fetched
                 && alone.load(Ordering::Relaxed)
             {

@@ -82,6 +82,7 @@ pub async fn mount(
         return Err(at(&target, io::Error::from(io::ErrorKind::NotADirectory)));
     }
     let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
+    let mut pages = std::mem::take(&mut resolved.pages);
     let prepared = Prepared::new(state, &mut resolved, progress).await?;
     let mut report = MountReport {
         target,
@@ -93,7 +94,7 @@ pub async fn mount(
         pid: std::process::id(),
     };
     if let Some((service, zone)) = &prepared.hot {
-        let (stats, commit) = fetch(&resolved.store, service, zone, progress).await?;
+        let (stats, commit) = fetch(&resolved.store, &mut pages, service, zone, progress).await?;
         (report.pages_needed, report.pages_fetched) = (stats.pages_needed, stats.pages_fetched);
         commit.wait().await?;
     }

@@ -3,6 +3,8 @@
 use serde::Serialize;
 use tdfs_common::digest::Digest;
 
+use crate::fetch::SourceUse;
+
 /// One start, stage by stage. Times are milliseconds; `*_ms` of a stage is how long the stage itself took, and
 /// stages overlap (mounting and creating the container go on while pages arrive), so they may add up to more than
 /// `total_ms`.
@@ -59,6 +61,8 @@ pub struct StartReport {
     pub waited_requests: u64,
     /// How long they waited before ready, all together: several threads may wait at a time.
     pub waited_ms: f64,
+    /// What each source did, in the order they were used.
+    pub sources: Vec<SourceUse>,
 }
 
 impl StartReport {

@@ -1,17 +1,22 @@
 //! From a reference to an image and its runtime image.
 //!
 //! What a registry said is remembered in `resolved/`, an OCI layout with manifests and configurations only: images
-//! under the hash of their reference, runtime images under the hash of image and choice. With [`Pull::Missing`] a
+//! under the hash of their reference, runtime images under the hash of image and choice. A page service says all of it
+//! in one answer, which stays open for the pages to follow; what it says is believed as little as any registry, by the
+//! same code. With [`Pull::Missing`] a
 //! second start therefore asks nobody. Metadata blobs are remembered by [`pack::load`]. All of it is checked against
 //! its digest when it is read, so a damaged memory costs requests, not correctness.
 
 use bytes::Bytes;
 use tdfs_common::digest::Digest;
+use tdfs_common::wire;
 use tokio::task::JoinHandle;
 
 use super::{NodeError, State};
+use crate::fetch::{Metadata, PageService};
 use crate::oci::{ClientOptions, Image, Location, MANIFEST_TYPE, OciError, Reference, Requests, Store};
 use crate::pack::{self, LoadedRuntimeImage, PackError};
+use crate::rtpc::holdings;
 
 /// Which runtime image a start uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct Resolved {
     pub runtime: Option<LoadedRuntimeImage>,
     /// The registry or layout that the reference names.
     pub store: Store,
+    /// The page services to fetch from; one may be about to send what is missing.
+    pub pages: PageService,
     remembering: Option<JoinHandle<Result<(), OciError>>>,
 }
 
@@ -58,21 +65,105 @@ pub async fn resolve(
     if matches!(reference.location(), Location::Layout(_)) {
         let image = store.resolve(reference).await?;
         let runtime = load(state, &store, &image, choice).await?;
-        return Ok(Resolved { image, runtime, store, remembering: None });
+        return Ok(Resolved { image, runtime, store, pages: PageService::default(), remembering: None });
     }
     let memory = Memory::open(state, options)?;
+    let mut pages = PageService::open(&store, state.root(), options);
     if pull == Pull::Missing
         && let Some((image, runtime)) = memory.recall(state, reference, choice).await
     {
-        return Ok(Resolved { image, runtime, store, remembering: None });
+        about(&mut pages, &image, runtime.as_ref());
+        return Ok(Resolved { image, runtime, store, pages, remembering: None });
     }
-    let image = store.resolve(reference).await?;
-    let runtime = load(state, &store, &image, choice).await?;
+    let served = served(&mut pages, state, &store, reference, choice, options).await?;
+    let (image, runtime) = if let Some(found) = served {
+        found
+    } else {
+        let image = store.resolve(reference).await?;
+        let runtime = load(state, &store, &image, choice).await?;
+        (image, runtime)
+    };
+    about(&mut pages, &image, runtime.as_ref());
     // Nobody waits for the disk: a start that is not remembered costs the next one some requests.
     let artifact = runtime.as_ref().map(|r| r.artifact.clone());
     let (reference, choice, known) = (reference.clone(), choice.clone(), image.clone());
     let remembering = tokio::spawn(async move { memory.keep(&reference, &choice, &known, artifact).await });
-    Ok(Resolved { image, runtime, store, remembering: Some(remembering) })
+    Ok(Resolved { image, runtime, store, pages, remembering: Some(remembering) })
+}
+
+/// Says which pages are meant from now on.
+fn about(pages: &mut PageService, image: &Image, runtime: Option<&LoadedRuntimeImage>) {
+    if let Some(runtime) = runtime {
+        pages.about(image.digest, runtime.manifest);
+    }
+}
+
+/// What a page service knows, if there is one that can be believed.
+async fn served(
+    pages: &mut PageService,
+    state: &State,
+    store: &Store,
+    reference: &Reference,
+    choice: &Choice,
+    options: &ClientOptions,
+) -> Result<Option<(Image, Option<LoadedRuntimeImage>)>, NodeError> {
+    let choice_sent = match choice {
+        Choice::Without => return Ok(None),
+        Choice::Any => wire::Choice::Any,
+        Choice::Service(name) => wire::Choice::Service(name.clone()),
+        Choice::Pinned(digest) => wire::Choice::Pinned(*digest),
+    };
+    let named = match (reference.digest(), reference.tag()) {
+        (Some(digest), _) => wire::Reference::Digest(*digest),
+        (None, Some(tag)) => wire::Reference::Tag(tag.to_owned()),
+        (None, None) => return Ok(None),
+    };
+    let root = state.root().to_owned();
+    let at_hand = move || (holdings(&root), pack::known(&root, wire::KNOWN_MAX));
+    let (held, known) = tokio::task::spawn_blocking(at_hand).await?;
+    let platform = options.platform.to_string();
+    let wanted = wire::Wanted::Image { reference: named, platform, choice: choice_sent, known };
+    while let Some(metadata) = pages.metadata(&wanted, &held).await {
+        match believe(state, store, reference, choice, metadata).await {
+            Ok(found) => return Ok(Some(found)),
+            Err(error) => pages.distrust(&error),
+        }
+    }
+    Ok(None)
+}
+
+/// Holds what a page service said against the digests that it must have, and its parts against each other.
+async fn believe(
+    state: &State,
+    store: &Store,
+    reference: &Reference,
+    choice: &Choice,
+    metadata: Metadata,
+) -> Result<(Image, Option<LoadedRuntimeImage>), NodeError> {
+    let store = store.with_blobs(metadata.blobs);
+    // A tag is what the server says it is; a digest is not.
+    let named = match (reference.digest(), metadata.document) {
+        (None, Some(document)) => reference.with_digest(document),
+        _ => reference.clone(),
+    };
+    let image = store.resolve(&named).await?;
+    let Some(artifact) = metadata.artifact else {
+        return match choice {
+            Choice::Any => Ok((image, None)),
+            _ => Err(PackError::NoRuntimeImage { image: image.digest }.into()),
+        };
+    };
+    let runtime = pack::load(&store, state.root(), &image, pack::Choice::Pinned(artifact)).await?;
+    let asked_for = match choice {
+        Choice::Service(name) => runtime.service.service == *name,
+        Choice::Pinned(digest) => artifact == *digest,
+        Choice::Any | Choice::Without => true,
+    };
+    if !asked_for {
+        let reason = "not the one that was asked for".to_owned();
+        return Err(NodeError::Wrong { manifest: artifact, reason });
+    }
+    Ok((image, Some(runtime)))
 }
 
 async fn load(

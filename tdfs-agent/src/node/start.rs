@@ -16,13 +16,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tdfs_common::page::PAGE_SIZE;
 use tokio::runtime::Handle;
 
 use super::fetching::{Fetching, Rest};
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{Arrivals, ImageLayers, Progress, bytes_missing};
+use crate::fetch::{Arrivals, ImageLayers, Progress, SourceUse, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
 use crate::record::sandbox::{Accounts, Exit, Forward, Network, Sandbox, SandboxSpec, Workload};
 use crate::record::{Probe, Readiness};
@@ -114,6 +115,8 @@ pub async fn start(
     let begin = Instant::now();
     let mut report = StartReport::default();
     let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
+    let pages = std::mem::take(&mut resolved.pages);
+    let (sources, answers) = (pages.sources(), pages.answers());
     report.image = Some(resolved.image.digest);
     report.resolve_ms = ms(begin);
 
@@ -144,8 +147,9 @@ pub async fn start(
     let probe = options.ready.clone().or(recorded);
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
-    let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, service, zone));
-    let before_fetch = resolved.requests().data_requests;
+    // An answer that is open was asked for before.
+    let before_fetch = resolved.requests().data_requests - u64::from(pages.is_open());
+    let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, pages, service, zone));
     let arrivals = fetching.as_ref().filter(|_| streaming).map(|f| Arc::clone(f.arrivals()));
     let shown = fetching.as_ref().map(|f| f.show(progress));
     let shown = async {
@@ -231,6 +235,24 @@ pub async fn start(
         }
     }
     report.metadata_requests = resolved.requests().metadata_requests;
+    if fetching.is_none() {
+        // An answer without pages was about metadata.
+        report.metadata_requests += answers;
+    }
+    let local = SourceUse {
+        source: "local",
+        pages: report.pages_present,
+        bytes: report.pages_present * PAGE_SIZE as u64,
+        ..SourceUse::default()
+    };
+    let layers = SourceUse {
+        source: "layers",
+        bytes: report.layer_bytes,
+        requests: if prepared.hot.is_none() { report.data_requests } else { 0 },
+        ..SourceUse::default()
+    };
+    let used = std::iter::once(local).chain(sources.list()).chain(std::iter::once(layers));
+    report.sources = used.filter(|s| s.pages + s.bytes + s.requests > 0).collect();
     Ok(Running { report, container, fetching, layers: prepared.layers, resolved })
 }
 

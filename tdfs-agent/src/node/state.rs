@@ -6,6 +6,7 @@
 //! zones/      the runtime page cache, one zone per group (`rtpc`)
 //! layers/     uncompressed layers, sparse where only spans of them were read (`fetch::layers`)
 //! images/     trees and layer indexes of images that were pulled whole
+//! sources.json what was learnt about registries and the network (`fetch`)
 //! runs/ID/    one running container or mount: mounts, bundle, overlay; removed when it ends
 //! runc/       runc's own state
 //! ```

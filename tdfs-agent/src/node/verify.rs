@@ -12,7 +12,7 @@ use tdfs_common::digest::Digest;
 use tdfs_common::page::PAGE_SIZE;
 
 use super::{NodeError, Prepared, State};
-use crate::fetch::{ImageLayers, Progress, fetch};
+use crate::fetch::{ImageLayers, PageService, Progress, fetch};
 use crate::oci::{Image, Store};
 use crate::pack::{self, Choice, FileRun};
 use crate::rtpc::Zone;
@@ -65,7 +65,7 @@ pub async fn verify(
     let (root, service) = (scratch.path().to_owned(), runtime.service.clone());
     let zone = tokio::task::spawn_blocking(move || Zone::open(&root, &service)).await??;
     let zone = Arc::new(zone);
-    let (_, commit) = fetch(store, &runtime.service, &zone, progress).await?;
+    let (_, commit) = fetch(store, &mut PageService::default(), &runtime.service, &zone, progress).await?;
     commit.wait().await?;
     for run in &runtime.service.runs {
         let mut pages = vec![0; run.count as usize * PAGE_SIZE];

@@ -15,6 +15,7 @@ mod error;
 pub mod layer;
 mod layout;
 mod manifest;
+mod pages;
 mod platform;
 mod push;
 mod reference;
@@ -36,6 +37,7 @@ pub use manifest::{
     CONFIG_MAX, CONFIG_TYPE, DESCRIPTORS_MAX, Descriptor, Document, EMPTY_TYPE, INDEX_TYPE, Image, Index,
     MANIFEST_MAX, MANIFEST_TYPE, Manifest, REF_NAME,
 };
+pub use pages::{PageAnswer, PageSource};
 pub use platform::Platform;
 pub use reference::{Location, Reference};
 pub(crate) use reference::{is_repository, is_tag};
@@ -55,6 +57,8 @@ pub struct ClientOptions {
     pub auth_file: Option<PathBuf>,
     /// PEM file of CA certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// Whether to ask servers for their page service.
+    pub page_service: bool,
     /// For the connection to a server.
     pub connect_timeout: Duration,
     /// For the next byte of an answer.
@@ -73,6 +77,7 @@ impl Default for ClientOptions {
             mirrors: BTreeMap::new(),
             auth_file: None,
             ca_file: None,
+            page_service: true,
             connect_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(30),
             retries: 5,
@@ -86,7 +91,7 @@ impl Default for ClientOptions {
 pub struct Requests {
     /// Requests for manifests, small blobs and tokens, uploads, redirects and refusals; retries count.
     pub metadata_requests: u64,
-    /// Requests for blob streams and ranges; retries count.
+    /// Requests for blob streams and ranges and those that a page service answers; retries count.
     pub data_requests: u64,
     /// Bytes of all bodies.
     pub bytes_received: u64,

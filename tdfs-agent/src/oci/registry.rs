@@ -60,6 +60,7 @@ pub(super) struct Registry {
 pub(super) struct Endpoint {
     /// Ends in `/v2/<repository>/`.
     base: Url,
+    repository: String,
     auth: Auth,
     transport: Arc<Transport>,
     unreachable: AtomicBool,
@@ -83,6 +84,11 @@ impl Registry {
         endpoints.push(endpoint(host, options.plain_http)?);
         let (retries, backoff) = (options.retries, options.backoff);
         Ok(Self { endpoints, transport, retries, backoff, listing: tokio::sync::Mutex::default() })
+    }
+
+    /// Mirrors, then the registry itself.
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
     }
 
     /// The registry itself, for writing and for what must be current.
@@ -279,6 +285,7 @@ impl Endpoint {
         url.set_path(&path);
         Ok(Self {
             base: url,
+            repository: repository.to_owned(),
             auth: Auth::new(&host, repository, credentials),
             transport,
             unreachable: AtomicBool::new(false),
@@ -288,6 +295,23 @@ impl Endpoint {
     /// The address of `path` in the repository.
     pub fn url(&self, path: &str) -> Result<Url, OciError> {
         self.base.join(path).map_err(|e| OciError::malformed(format!("path {path:?}"), e))
+    }
+
+    /// The address of the page service for the repository.
+    pub fn pages_url(&self) -> Url {
+        let mut url = self.base.clone();
+        let path = url.path();
+        // The repository may hold a `/v2/` itself, and so may what is before it.
+        let at = path.len() - self.repository.len() - "/v2/".len() - "/".len();
+        let path = format!("{}/tdfs/v1/{}/pages", &path[..at], self.repository);
+        url.set_path(&path);
+        url
+    }
+
+    /// Host and port.
+    pub fn host(&self) -> String {
+        let port = self.base.port().map_or_else(String::new, |port| format!(":{port}"));
+        format!("{}{port}", self.base.host_str().unwrap_or_default())
     }
 
     fn name(&self) -> String {
@@ -572,6 +596,20 @@ mod tests {
         }
         for bad in ["ftp://r.io", "http://", "http://r.io?x", "1.2.3.999"] {
             assert!(base(bad, None).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_page_service_lies_beside_the_registry() {
+        for (address, repository, url) in [
+            ("r.io", "a/b", "https://r.io/tdfs/v1/a/b/pages"),
+            ("localhost:5000", "v2/v2", "http://localhost:5000/tdfs/v1/v2/v2/pages"),
+            ("http://m.io/v2/x", "v2/a", "http://m.io/v2/x/tdfs/v1/v2/a/pages"),
+        ] {
+            let transport = Arc::new(Transport::new(&ClientOptions::default()).unwrap());
+            let endpoint =
+                Endpoint::new(address, repository, None, Credentials::new(None), transport).unwrap();
+            assert_eq!(endpoint.pages_url().to_string(), url);
         }
     }
 

@@ -1,5 +1,6 @@
 //! One type for a repository of a registry and for an OCI layout.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::layout::{BlobWriter, Layout};
 use super::manifest::{CONFIG_MAX, Descriptor, Document, Image, MANIFEST_MAX, limit};
+use super::pages::PageSource;
 use super::platform::Platform;
 use super::reference::{Location, is_layout_name, is_tag};
 use super::registry::Registry;
@@ -26,6 +28,7 @@ pub struct Store {
     backend: Backend,
     location: Location,
     platform: Platform,
+    at_hand: Arc<HashMap<Digest, Bytes>>,
 }
 
 #[derive(Clone, Debug)]
@@ -45,12 +48,27 @@ impl Store {
                 Backend::Layout { layout: Arc::new(Layout::new(dir)), counters: Arc::default() }
             }
         };
-        Ok(Self { backend, location: reference.location().clone(), platform: options.platform.clone() })
+        let (location, platform) = (reference.location().clone(), options.platform.clone());
+        Ok(Self { backend, location, platform, at_hand: Arc::default() })
     }
 
     /// The repository or the directory.
     pub fn location(&self) -> &Location {
         &self.location
+    }
+
+    /// The same store, which is not asked for small blobs and manifests that are in `blobs`, by their digest.
+    #[must_use]
+    pub fn with_blobs(&self, blobs: HashMap<Digest, Bytes>) -> Self {
+        Self { at_hand: Arc::new(blobs), ..self.clone() }
+    }
+
+    /// Where page services of the repository may be; none for a layout.
+    pub fn page_sources(&self) -> Vec<PageSource> {
+        match &self.backend {
+            Backend::Registry(registry) => PageSource::all(registry),
+            Backend::Layout { .. } => Vec::new(),
+        }
     }
 
     /// Requests made so far. Reads of a layout count like those of a registry.
@@ -114,6 +132,9 @@ impl Store {
     }
 
     async fn document(&self, digest: &Digest) -> Result<(Descriptor, Bytes, Document), OciError> {
+        if let Some(bytes) = self.at_hand.get(digest) {
+            return parsed(&digest.to_string(), None, bytes.clone());
+        }
         match &self.backend {
             Backend::Registry(registry) => {
                 let served = registry.manifest(digest).await?;
@@ -144,6 +165,10 @@ impl Store {
     /// A small blob of at most `limit` bytes, checked. Counts as metadata.
     pub async fn blob(&self, blob: &Descriptor, limit_bytes: u64) -> Result<Bytes, OciError> {
         limit(&format!("{} {}", blob.media_type, blob.digest), blob.size, limit_bytes)?;
+        if let Some(bytes) = self.at_hand.get(&blob.digest) {
+            check(&blob.digest.to_string(), bytes, &blob.digest, blob.size)?;
+            return Ok(bytes.clone());
+        }
         match &self.backend {
             Backend::Registry(registry) => registry.blob(&blob.digest, blob.size).await,
             Backend::Layout { .. } => {

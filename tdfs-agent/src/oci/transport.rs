@@ -31,6 +31,8 @@ const WINDOW: u32 = 16 << 20;
 pub(super) enum Kind {
     Metadata,
     Data,
+    /// Data if it is answered, otherwise metadata.
+    Pages,
 }
 
 /// A request to be sent, perhaps more than once.
@@ -60,7 +62,7 @@ impl Counters {
     pub fn request(&self, kind: Kind) {
         let counter = match kind {
             Kind::Metadata => &self.metadata_requests,
-            Kind::Data => &self.data_requests,
+            Kind::Data | Kind::Pages => &self.data_requests,
         };
         counter.fetch_add(1, Ordering::Relaxed);
     }
@@ -156,9 +158,11 @@ impl Transport {
             Err(_) => Err(OciError::Idle { url: url.clone(), after: patience }),
         };
         // Being sent elsewhere or asked for credentials is not yet the data request.
-        let turned_away = sent
-            .as_ref()
-            .is_ok_and(|r| r.status().is_redirection() || r.status() == StatusCode::UNAUTHORIZED);
+        let answered = |status: StatusCode| match request.kind {
+            Kind::Pages => status == StatusCode::OK,
+            _ => !status.is_redirection() && status != StatusCode::UNAUTHORIZED,
+        };
+        let turned_away = sent.as_ref().is_ok_and(|r| !answered(r.status()));
         self.counters.request(if turned_away { Kind::Metadata } else { request.kind });
         Ok(Answer { response: sent?, url, idle_timeout: self.idle_timeout, counters: self.counters.clone() })
     }

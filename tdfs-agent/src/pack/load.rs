@@ -191,6 +191,17 @@ where
     .await
 }
 
+/// Metadata blobs that are kept in the `state` directory, at most `count`, the last written first.
+pub fn known(state: &Path, count: usize) -> Vec<Digest> {
+    let entries = fs::read_dir(state.join("metadata")).into_iter().flatten().flatten();
+    let written = |e: &fs::DirEntry| e.metadata().and_then(|m| m.modified()).ok();
+    let mut all: Vec<_> = entries
+        .filter_map(|e| Some((written(&e)?, format!("sha256:{}", e.file_name().to_str()?).parse().ok()?)))
+        .collect();
+    all.sort_unstable_by(|a, b| b.cmp(a));
+    all.into_iter().take(count).map(|(_, digest)| digest).collect()
+}
+
 fn read_cached(path: &Path, digest: &Digest) -> Option<Bytes> {
     let bytes = fs::read(path).ok()?;
     (Digest::of(&bytes) == *digest).then(|| bytes.into())

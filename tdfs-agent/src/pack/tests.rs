@@ -17,7 +17,7 @@ use tdfs_common::trace::{Method, Touch, Trace, TraceFile};
 use tdfs_common::tree::{Body, DirEntry, Extent, Inode, Tree};
 
 use super::*;
-use crate::fetch::{FetchStats, fetch};
+use crate::fetch::{FetchStats, PageService, fetch};
 use crate::oci::{CONFIG_TYPE, ClientOptions, Descriptor, Document, Image, MANIFEST_TYPE, Reference, Store};
 use crate::rtpc::Zone;
 
@@ -170,7 +170,8 @@ impl Fixture {
 
     async fn fetch(&self, service: &Service) -> Result<FetchStats, FetchError> {
         let zone = self.zone(service);
-        let (stats, commit) = fetch(&self.store, service, &zone, &|_, _| {}).await?;
+        let (stats, commit) =
+            fetch(&self.store, &mut PageService::default(), service, &zone, &|_, _| {}).await?;
         self.expect_right_pages(service, &zone, true);
         commit.wait().await?;
         Ok(stats)
@@ -318,7 +319,7 @@ proptest! {
             }
             fs::write(&blob, &bad).unwrap();
             let zone = f.zone(service);
-            match fetch(&f.store, service, &zone, &|_, _| {}).await {
+            match fetch(&f.store, &mut PageService::default(), service, &zone, &|_, _| {}).await {
                 Ok(_) => assert!(kind == 0, "only a bit that zstd ignores goes unnoticed"),
                 Err(e) => {
                     let text = e.to_string();
@@ -366,7 +367,8 @@ fn progress_counts_to_the_total() {
         let service = &packed.services[0];
         let seen = std::sync::Mutex::new(Vec::new());
         let progress = |bytes: u64, total: u64| seen.lock().unwrap().push((bytes, total));
-        let (stats, commit) = fetch(&f.store, service, &f.zone(service), &progress).await.unwrap();
+        let (stats, commit) =
+            fetch(&f.store, &mut PageService::default(), service, &f.zone(service), &progress).await.unwrap();
         commit.wait().await.unwrap();
         let size = service.segments[0].size();
         assert_eq!(stats.bytes_fetched, size);

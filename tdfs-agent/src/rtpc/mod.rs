@@ -4,6 +4,7 @@
 //! verified pages. [`Presence`] is the durable set of present units beside any sparse data file. What survives a crash
 //! and why is said in each of them.
 
+mod holdings;
 mod presence;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+pub use holdings::holdings;
 pub use presence::Presence;
 use tdfs_common::envelope::FormatError;
 pub use zone::{Writer, Zone};

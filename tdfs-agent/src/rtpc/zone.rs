@@ -226,7 +226,7 @@ fn lineage(group: &Path, service: &Service) -> Result<PathBuf, RtpcError> {
 }
 
 /// The segments of a lineage; `None`, with a warning, if it cannot be known what its pages are.
-fn read_directory(dir: &Path) -> Option<Vec<Segment>> {
+pub(super) fn read_directory(dir: &Path) -> Option<Vec<Segment>> {
     let path = dir.join("segments");
     let read = fs::read(&path).map_err(|e| e.to_string());
     match read.and_then(|bytes| envelope::decode::<ZoneDirectory>(&bytes).map_err(|e| e.to_string())) {
