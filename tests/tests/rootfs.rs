@@ -547,13 +547,15 @@ fn waiting_readers_do_not_stand_in_the_way() {
     let late = LateZone::new(&fixture, 1);
     let rootfs = fixture.mount(Some(late.hot()));
     let paths = fixture.paths(&rootfs);
-    let some: Vec<_> = late.awaited_file_pages(&fixture.tree).into_iter().step_by(5).take(200).collect();
-    assert_eq!(some.len(), 200);
+    let some: Vec<_> = late.awaited_file_pages(&fixture.tree).into_iter().step_by(5).take(150).collect();
+    assert_eq!(some.len(), 150);
     let open = |ino: u32| File::open(&paths[ino as usize]).unwrap();
     let readers: Vec<_> =
         some.iter().map(|&(ino, page, _)| waiting_reader_at(open(ino), page * 4096)).collect();
-    assert_eq!(rootfs.wait_stats().waited_requests, 200);
-    // A cold page, and one that arrives, while 200 others wait.
+    while rootfs.wait_stats().waited_requests < 150 {
+        std::thread::yield_now();
+    }
+    // A cold page, and one that arrives, while the others wait.
     let hot = hot_pages(&late.zone);
     let big = fixture.tree.lookup(b"sizes/3145733").unwrap();
     let cold = (0..768).find(|p| !hot.contains(&(big, *p))).unwrap();
