@@ -6,7 +6,7 @@
 //! alone; what killed processes left of files.
 //!
 //! Why nothing is lost: only what is older than the grace period, counted back from the beginning of the collection,
-//! is deleted, and what a push relies on while a collection runs is protected by the protocol of [`super::repositories`].
+//! is deleted, and what a push relies on while a collection runs is protected by the protocol of the module `repositories`.
 //! Here is its other side, for each digest:
 //!
 //! ```text

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Nothing lies in the process: every answer is made from the storage, upload sessions too, so any number of servers
-//! over one storage behave as one, and a server may be killed at any moment. [`repositories`] draws what lies where
-//! and says why nothing that is visible is ever incomplete; [`uploads`] and [`gc`] say the rest.
+//! over one storage behave as one, and a server may be killed at any moment. `repositories` draws what lies where
+//! and says why nothing that is visible is ever incomplete; `uploads`, `pull_through` and [`gc`] say the rest.
 
 mod access;
 mod api;
