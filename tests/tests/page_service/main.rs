@@ -3,13 +3,15 @@
 mod server;
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
-use std::os::unix::fs::FileExt as _;
 use tdfs_agent::fetch::{SourceUse, fetch};
 use tdfs_agent::node::{Choice, Prepared, Pull, State, resolve};
 use tdfs_agent::oci::{ClientOptions, Reference, Store};
@@ -165,6 +167,64 @@ fn a_plain_registry_is_asked_once_a_day() -> Result<()> {
             std::fs::remove_dir_all(recorded.path("node/zones"))?;
             std::fs::remove_dir_all(recorded.path("node/resolved"))?;
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn mirrors_come_first_credentials_are_sent_and_a_fast_wire_carries_plain_pages() -> Result<()> {
+    let recorded = Recorded::new("nginx", 1)?;
+    block_on(async {
+        let total = pages(&recorded.service("nginx").await?).len() as u64;
+        let origin = Server::start(recorded.0.path(), true).await?;
+        let mirror = Server::start(recorded.0.path(), true).await?;
+        let empty = TempDir::new()?;
+        let ignorant = Server::start(empty.path(), true).await?;
+        let mirrored = |n: &str, first: &Server| {
+            let mut node = Node::new(&recorded.path(n))?;
+            node.options.mirrors =
+                [(origin.addr.to_string(), vec![format!("http://{}", first.addr)])].into_iter().collect();
+            Ok::<_, anyhow::Error>(node)
+        };
+        let done = mirrored("mirrored", &mirror)?.start(&origin, "nginx").await?;
+        ensure!(
+            done.of("mirror").pages == total && done.of("page_service").requests == 0,
+            "{:?}",
+            done.sources
+        );
+        ensure!((mirror.requests().0, origin.requests().0) == (1, 0));
+        let stored = done.of("mirror").bytes;
+        // A mirror that does not know the image is no reason to do without a page service.
+        let done = mirrored("ignorant", &ignorant)?.start(&origin, "nginx").await?;
+        ensure!(done.of("mirror").failures["refused"] == 1 && done.of("page_service").pages == total);
+        // One that lies is left for the next.
+        mirror.ruin(|_, answer| vec![Piece::Bytes(vec![7; answer.len()])]);
+        let done = mirrored("lying", &mirror)?.start(&origin, "nginx").await?;
+        ensure!(done.of("mirror").failures["wrong"] == 1 && done.of("page_service").pages == total);
+
+        // Where the wire is said to be faster than the CPU, pages are not compressed, as far as the server has time.
+        let node = Node::new(&recorded.path("fast"))?;
+        std::fs::write(recorded.path("fast/sources.json"), r#"{"wire":1e15,"decode":1.0}"#)?;
+        let done = node.start(&origin, "nginx").await?;
+        let (plain, used) = (total * PAGE_SIZE as u64, done.of("page_service"));
+        ensure!(used.pages == total && used.bytes > stored && used.bytes <= plain, "{used:?}");
+        let learnt: Value = serde_json::from_slice(&std::fs::read(recorded.path("fast/sources.json"))?)?;
+        ensure!(learnt["wire"].as_f64().is_some_and(|wire| wire < 1e15), "{learnt}");
+
+        origin.lock("me", "secret");
+        let auth = recorded.path("auth.json");
+        let known = STANDARD.encode("me:secret");
+        std::fs::write(
+            &auth,
+            serde_json::json!({ "auths": { origin.addr.to_string(): { "auth": known } } }).to_string(),
+        )?;
+        origin.requests();
+        let mut node = Node::new(&recorded.path("known"))?;
+        node.options.auth_file = Some(auth);
+        let done = node.start(&origin, "nginx").await?;
+        ensure!(done.of("page_service").pages == total && origin.requests().1 == 0, "{:?}", done.sources);
+        let stranger = Node::new(&recorded.path("stranger"))?.start(&origin, "nginx").await;
+        ensure!(stranger.err().context("let in")?.to_string().contains("credentials"));
         Ok(())
     })
 }

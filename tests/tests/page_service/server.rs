@@ -10,11 +10,13 @@ use anyhow::Result;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use axum::http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, RANGE, WWW_AUTHENTICATE};
 use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, TryStreamExt as _};
@@ -41,6 +43,8 @@ pub type Fault = Box<dyn Fn(usize, Vec<u8>) -> Vec<Piece> + Send + Sync>;
 struct Shared {
     content: Arc<dyn Content>,
     fault: Mutex<Option<Arc<Fault>>>,
+    /// `Authorization` that everybody must send.
+    authorization: Mutex<Option<String>>,
     page_requests: AtomicUsize,
     other_requests: AtomicUsize,
 }
@@ -58,6 +62,7 @@ impl Server {
         let shared = Arc::new(Shared {
             content: content.clone(),
             fault: Mutex::default(),
+            authorization: Mutex::default(),
             page_requests: AtomicUsize::default(),
             other_requests: AtomicUsize::default(),
         });
@@ -83,6 +88,12 @@ impl Server {
         self.shared.page_requests.store(0, Ordering::Relaxed);
     }
 
+    /// Asks everybody for this user and password.
+    pub fn lock(&self, user: &str, password: &str) {
+        let expected = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
+        *self.shared.authorization.lock().unwrap_or_else(PoisonError::into_inner) = Some(expected);
+    }
+
     /// Requests to the page service and others, since this was last asked.
     pub fn requests(&self) -> (usize, usize) {
         let take = |n: &AtomicUsize| n.swap(0, Ordering::Relaxed);
@@ -91,6 +102,11 @@ impl Server {
 }
 
 async fn misbehave(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let expected = shared.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let sent = request.headers().get(AUTHORIZATION).and_then(|a| a.to_str().ok());
+    if expected.is_some() && sent != expected.as_deref() {
+        return (StatusCode::UNAUTHORIZED, [(WWW_AUTHENTICATE, "Basic realm=\"test\"")]).into_response();
+    }
     if !request.uri().path().starts_with("/tdfs/") {
         shared.other_requests.fetch_add(1, Ordering::Relaxed);
         return next.run(request).await;
