@@ -310,7 +310,14 @@ fn mark(rootfs: &RootFs, merged: &Path, ino: u32, mask: MaskFlags) -> Result<Asy
 
 /// Repeats `attempt` in the network namespace of `pid` until it succeeds; when it did. Gives up when dropped.
 async fn retry(pid: Pid, attempt: impl Fn() -> bool + Send + 'static) -> Result<u64, ReadyError> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(io_error("network namespace"))?;
+    let namespace = match File::open(format!("/proc/{pid}/ns/net")) {
+        Ok(namespace) => namespace,
+        // The process has ended: nothing will answer, and whoever waits for its end tells how it ended.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+            std::future::pending().await
+        }
+        Err(e) => return Err(io_error("network namespace")(e)),
+    };
     let (send, receive) = oneshot::channel();
     // A thread of its own: its namespace must not leak into a pool.
     let run = move || {
