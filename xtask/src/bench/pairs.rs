@@ -57,7 +57,7 @@ fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs
     let service = &image.services[0];
     let (packed, node) = (directory.join("packed"), directory.join("node"));
     tdfs.json(
-        Command::new(&tdfs.program)
+        tdfs.command()
             .arg("record")
             .arg(format!("oci:{}", layout.display()))
             .args(["--service", service.name, "--ready", service.ready])
@@ -65,7 +65,7 @@ fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs
     )?;
     let start = || {
         let report = tdfs.json(
-            Command::new(&tdfs.program)
+            tdfs.command()
                 .arg("run")
                 .arg(format!("oci:{}", packed.display()))
                 .args(["--service", service.name, "--network", "private", "--exit-when-ready"])
@@ -83,7 +83,7 @@ fn probe_cost(tdfs: &Tdfs, directory: &Path, pairs: usize) -> Result<Pairs> {
     let layout = Cache::default().image(images::recipe("python")?, Compression::Gzip)?;
     let start = |method: &str| {
         let report = tdfs.json(
-            Command::new(&tdfs.program)
+            tdfs.command()
                 .arg("record")
                 .arg(format!("oci:{}", layout.display()))
                 .args(["--service", "probe-cost", "--ready", "exit", "--method", method])
@@ -148,8 +148,15 @@ struct Tdfs {
 }
 
 impl Tdfs {
+    /// Prints JSON.
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--json");
+        command
+    }
+
     fn json(&self, command: &mut Command) -> Result<Value> {
-        let text = command::output(command.arg("--json"))?;
+        let text = command::output(command)?;
         serde_json::from_str(&text)
             .with_context(|| format!("the JSON that {} printed", self.program.display()))
     }
