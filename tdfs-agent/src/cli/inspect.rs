@@ -13,7 +13,7 @@ use super::args::InspectArgs;
 use super::{interruptible, print, progress};
 use crate::node::{self, Verified};
 use crate::oci::{Reference, Store};
-use crate::pack::{self, Choice};
+use crate::pack::{self, Choice, Sharing, sharing};
 
 /// The `--json` object of `tdfs inspect`.
 #[derive(Debug, Serialize)]
@@ -25,6 +25,8 @@ struct Inspection {
     runtime_images: Vec<RuntimeInfo>,
     /// Zone pages of all services together: each once, however many use it.
     unique_pages: u64,
+    /// What the services shown here have in common, by group.
+    groups: Vec<Sharing>,
 }
 
 #[derive(Debug, Serialize)]
@@ -84,16 +86,14 @@ pub async fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode>
             .collect(),
         runtime_images: Vec::new(),
         unique_pages: 0,
+        groups: Vec::new(),
     };
-    let mut pages = std::collections::BTreeMap::<String, tdfs_common::bitmap::PageBitmap>::new();
+    let mut services = Vec::new();
     for available in wanted(args, &store, &image).await? {
         let choice = Choice::Pinned(available.manifest.digest);
         let loaded = pack::load(&store, state.root(), &image, choice).await?;
         let service = &loaded.service;
         let needed = service.needed();
-        let all = pages.entry(service.group.clone()).or_default();
-        all.grow(needed.len());
-        needed.runs().for_each(|run| all.insert_range(run));
         inspection.runtime_images.push(RuntimeInfo {
             service: available.service,
             group: available.group,
@@ -108,8 +108,10 @@ pub async fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode>
             random_access_layers: loaded.index.layers.iter().filter(|l| !l.spans.is_empty()).count(),
             inodes: loaded.tree.inodes.len(),
         });
+        services.push(loaded.service);
     }
-    inspection.unique_pages = pages.values().map(tdfs_common::bitmap::PageBitmap::count).sum();
+    inspection.groups = sharing(&services);
+    inspection.unique_pages = inspection.groups.iter().map(|g| g.unique_pages).sum();
     let mut text = format!(
         "{} {}\n  {} layers, {:.1} MB",
         args.image,
@@ -131,6 +133,19 @@ pub async fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode>
             r.ready,
             r.manifest,
         );
+    }
+    for g in inspection.groups.iter().filter(|g| g.sets.iter().any(|set| set.services.len() > 1)) {
+        let _ = write!(
+            text,
+            "\n  group {}: {} pages, {} of them shared; {:.1} MB saved",
+            g.group,
+            g.unique_pages,
+            g.shared_pages,
+            g.saved_bytes as f64 / 1e6,
+        );
+        for set in &g.sets {
+            let _ = write!(text, "\n    {:>8} pages: {}", set.pages, set.services.join(", "));
+        }
     }
     if inspection.runtime_images.is_empty() {
         text += "\n  no runtime image";

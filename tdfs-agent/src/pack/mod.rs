@@ -13,6 +13,7 @@ mod attach;
 mod layout;
 mod load;
 mod segment;
+mod sharing;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trace;
@@ -32,6 +33,7 @@ pub use load::{Available, Choice, LoadedRuntimeImage, known, list, load};
 pub(crate) use load::{choose, newest};
 pub(crate) use segment::read_pages;
 pub use segment::{Group, Pack, Packed, Report, SegmentFile, ServiceInput};
+pub use sharing::{Sharing, SharingSet, sharing};
 pub(crate) use trace::FileRun;
 pub use trace::merge_traces;
 
