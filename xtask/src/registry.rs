@@ -96,8 +96,8 @@ impl std::ops::Sub for Traffic {
 /// The address after "listening on" in a registry's log.
 fn address_in(log: &str) -> Option<SocketAddr> {
     let (_, rest) = log.split_once("listening on ")?;
-    // Up to the quote that ends the message: a line that is still being written has none.
-    let (address, _) = rest.split_once('"')?;
+    // Up to what ends the message: a line that is still being written has no end.
+    let (address, _) = rest.split_once(['"', '\n'])?;
     address.parse().ok()
 }
 
