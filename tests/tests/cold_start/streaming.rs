@@ -102,7 +102,8 @@ fn streams(name: &'static str) -> Result<()> {
     proxy.hurry();
     let oracle = Fingerprint::of(&Unpacked::new(&images::image(name)?, "latest")?.path())?;
     Fingerprint::of(&root_of(&node)?)?.expect_equal(&oracle)?;
-    running.stop(Signal::SIGTERM)?;
+    // A first process of a container ignores SIGTERM unless it handles it.
+    running.stop(Signal::SIGINT)?;
     expect_clean(&node)?;
     let again = run(&served.image(&proxy), &node, &["--service", served.service()])?;
     ensure!(again["source"] == "resident" && again["start_mode"] == "resident", "{again}");
