@@ -2,7 +2,7 @@
 //!
 //! Its address space is computed, not stored: every regular file has a region of whole blocks, in inode order. A read
 //! of the device becomes reads of layers; zeros are made up only where the tree says so, in holes and behind the
-//! last byte of a file. Where a hot page was [awaited](super::awaited) when the image was mounted, its place here is read
+//! last byte of a file. Where a hot page was awaited when the image was mounted, its place here is read
 //! from the zone, once it has arrived there.
 //!
 //! ```text

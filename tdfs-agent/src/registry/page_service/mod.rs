@@ -14,7 +14,7 @@
 //!
 //! Everything a request may use is bounded, see [`Limits`]: requests over the number at once are told to come back, a
 //! body that is too large or too slow is refused, a reader that stalls is dropped. A request under way holds at most
-//! its plan and 6 MiB of page data (see [`send`]), whatever it asks for; the socket sets the pace. No lock is held
+//! its plan and 6 MiB of page data (see `send.rs`), whatever it asks for; the socket sets the pace. No lock is held
 //! across I/O. Hostile requests end in a 4xx answer with an error document in the style of the OCI distribution
 //! specification, hostile storage in a stream that ends with a reason.
 
