@@ -17,6 +17,8 @@ pub enum Pace {
     BytesPerSecond(u64),
     /// The first connection that has brought so many bytes brings no more; all others are not slowed down.
     StallAfter(u64),
+    /// After so many bytes, all connections together, every connection breaks and none is made any more.
+    CloseAfter(u64),
 }
 
 /// The running proxy; its connections break when it is dropped.
@@ -84,12 +86,9 @@ impl Proxy {
 
     /// Breaks every connection and refuses new ones.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::Relaxed);
+        self.shared.close();
         // Wakes the listener.
         let _ = TcpStream::connect(self.addr);
-        for connection in self.shared.connections().drain(..) {
-            let _ = connection.shutdown(Shutdown::Both);
-        }
     }
 }
 
@@ -100,11 +99,21 @@ impl Drop for Proxy {
 }
 
 impl Shared {
+    fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        for connection in self.connections().drain(..) {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+
     fn connect(self: &Arc<Self>, client: TcpStream, upstream: SocketAddr) -> io::Result<()> {
         let server = TcpStream::connect(upstream)?;
         server.set_nodelay(true)?;
         client.set_nodelay(true)?;
         self.connections().extend([client.try_clone()?, server.try_clone()?]);
+        if self.closed.load(Ordering::Relaxed) {
+            self.close();
+        }
         let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
         thread::spawn(move || {
             let _ = io::copy(&mut from, &mut to);
@@ -140,6 +149,12 @@ impl Shared {
                         while to.peek(&mut [0])? > 0 {
                             thread::sleep(Duration::from_millis(10));
                         }
+                        return Ok(());
+                    }
+                }
+                Pace::CloseAfter(bytes) => {
+                    if passed + len as u64 > bytes {
+                        self.close();
                         return Ok(());
                     }
                 }

@@ -267,7 +267,12 @@ impl PageService {
     }
 
     fn leave(&mut self, reason: &'static str, error: &str) {
-        tracing::warn!(source = self.name(), reason, "page service is left: {error}");
+        if reason == "absent" {
+            // Most registries have none.
+            tracing::debug!(source = self.name(), "no page service: {error}");
+        } else {
+            tracing::warn!(source = self.name(), reason, "page service is left: {error}");
+        }
         self.used.failed(self.name(), reason);
         self.sources.pop_front();
     }

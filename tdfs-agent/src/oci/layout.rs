@@ -279,7 +279,9 @@ impl Layout {
         let path = self.dir.join(MARKER);
         let blobs = self.dir.join("blobs/sha256");
         fs::create_dir_all(&self.dir).map_err(OciError::io(&self.dir))?;
-        if !path.exists() && fs::read_dir(&self.dir).map_err(OciError::io(&self.dir))?.next().is_some() {
+        // Asked again: another first writer, whose marker comes before everything else, may have come in between.
+        let is_empty = || Ok(fs::read_dir(&self.dir).map_err(OciError::io(&self.dir))?.next().is_none());
+        if !path.exists() && !is_empty()? && !path.exists() {
             return Err(OciError::Setup(format!(
                 "{} is neither empty nor an OCI layout",
                 self.dir.display()

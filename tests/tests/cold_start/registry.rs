@@ -8,6 +8,8 @@ use serde_json::Value;
 use tdfs_tests::images::{self, recipe};
 use tdfs_tests::registry::{Options, Registry};
 use tdfs_tests::tdfs::{self, Running};
+use xtask::containerd::Containerd;
+use xtask::network::Place;
 
 use crate::{expect_clean, number, run, show, text, tool};
 
@@ -52,6 +54,8 @@ fn the_image_stays_as_it_was_and_its_runtime_images_coexist() -> Result<()> {
     let (whole, artifacts) = (dir.path().join("whole"), dir.path().join("artifacts"));
     std::fs::create_dir(&artifacts)?;
     copy(&format!("docker://{image}"), &format!("oci:{}:latest", whole.display()))?;
+    let containerd = Containerd::start(dir.path(), &Place::here())?;
+    containerd.start_service(&image, &recipe("python")?.services[0]).context("containerd")?;
     let inspected = tdfs::json(["inspect", &image, "--state", &show(&dir.path().join("node"))])?;
     let runtime_images = inspected["runtime_images"].as_array().context("none")?;
     ensure!(runtime_images.len() == 2 && inspected["image"] == digest, "{inspected}");

@@ -125,14 +125,11 @@ fn a_registry_that_goes_away_is_one_error_and_the_next_start_goes_on() -> Result
     let served = Served::new("python")?;
     for tenths in [1, 5, 9] {
         let node = served.node(&tenths.to_string());
-        let proxy = served.proxy(Pace::BytesPerSecond(4 << 20))?;
+        let proxy = served.proxy(Pace::CloseAfter(served.metadata + served.data * tenths / 10))?;
         let mut arguments = text(["--json"]);
         arguments.extend(served.arguments(&proxy, &node));
         arguments.push("--exit-when-ready".into());
-        let mut child = tdfs::command(arguments)?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        wait_passed(&proxy, served.metadata + served.data * tenths / 10, &mut child)?;
-        drop(proxy);
-        let output = child.wait_with_output()?;
+        let output = tdfs::command(arguments)?.stdout(Stdio::piped()).stderr(Stdio::piped()).output()?;
         let messages = String::from_utf8(output.stderr)?;
         ensure!(output.status.code() == Some(1) && output.stdout.is_empty(), "{tenths}: {messages}");
         let error = messages.lines().last().unwrap_or_default();
