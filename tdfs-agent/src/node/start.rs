@@ -96,9 +96,11 @@ struct Container {
     rootfs: RootFs,
 }
 
-/// A container that waits for its pages, and who tells when it is ready.
+/// A container, and who tells when it is ready.
 struct Created {
     container: Container,
+    /// Its process runs; otherwise it waits for its pages.
+    started: bool,
     readiness: Option<Readiness>,
     mount_ms: f64,
     create_ms: f64,
@@ -168,14 +170,17 @@ pub async fn start(
         let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals.as_ref());
         // Both to their end: half a container cannot be removed.
         let (fetched, created) = tokio::join!(fetched, creating);
-        let Created { mut container, readiness, mount_ms, create_ms } = created.map_err(|e| (e, None))?;
+        let Created { mut container, started, readiness, mount_ms, create_ms } =
+            created.map_err(|e| (e, None))?;
         let begun = Instant::now();
         let running = async {
             fetched?;
             if container.injector.is_none() {
                 container.injector = container.rootfs.inject()?;
             }
-            container.sandbox.start().await?;
+            if !started {
+                container.sandbox.start().await?;
+            }
             let start_ms = ms(begun);
             if let Some(readiness) = readiness {
                 readiness.wait(&container.sandbox, options.timeout).await?;
@@ -223,10 +228,11 @@ pub async fn start(
     if let Some((_, zone)) = &prepared.hot {
         report.pages_needed = zone.needed().count();
         report.pages_present = report.pages_needed - missing.min(report.pages_needed);
+        // In this order: a request for a layer that begins now is not counted among all of them.
+        let requests = resolved.requests().data_requests - before_fetch;
         let layers = prepared.layer_stats();
         report.layer_bytes = layers.bytes;
         if let Some(fetching) = &mut fetching {
-            let requests = resolved.requests().data_requests - before_fetch;
             report.data_requests = requests.saturating_sub(layers.requests);
             report.pages_awaited = fetching.arrivals().awaited().count();
             let (stats, fetch_ms) = fetching.leave_alone().await;
@@ -256,8 +262,8 @@ pub async fn start(
     Ok(Running { report, container, fetching, layers: prepared.layers, resolved })
 }
 
-/// Mounts the image and creates the container; also starts the injection if the zone is complete or becomes so with
-/// `arrivals`.
+/// Mounts the image and creates the container; also starts the injection and the container's process if the zone is
+/// complete or becomes so with `arrivals`.
 async fn create(
     state: &State,
     resolved: &Resolved,
@@ -282,7 +288,7 @@ async fn create(
     let creating = Instant::now();
     let recorded = prepared.hot.as_ref().and_then(|(service, _)| service.args.as_deref());
     let (passwd, group) = prepared.accounts(&resolved.image).await?;
-    let sandbox = Sandbox::create(SandboxSpec {
+    let spec = SandboxSpec {
         id: &id,
         bundle: &dir.join("bundle"),
         runc_root: &state.runc(),
@@ -295,10 +301,11 @@ async fn create(
         },
         forward: options.forward,
         on_line: readiness.as_ref().and_then(Readiness::on_line),
-    })
-    .await?;
+    };
+    let started = prepared.hot.is_none() || complete || arrivals.is_some();
+    let sandbox = if started { Sandbox::run(spec).await? } else { Sandbox::create(spec).await? };
     let container = Container { sandbox, overlay, injector, rootfs };
-    Ok(Created { container, readiness, mount_ms, create_ms: ms(creating) })
+    Ok(Created { container, started, readiness, mount_ms, create_ms: ms(creating) })
 }
 
 impl Running {
