@@ -1,17 +1,17 @@
 //! One start, from the reference to ready.
 //!
 //! ```text
-//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone ----------------------+
-//!                  |                                                 fetched: wait for all     |
-//!                  +-> EROFS + cold device -> overlay -> container created -+------------------+-> start -> ready
-//!                                        |                        streaming: at once -> start -> ready
-//!                                        \-> inject into the kernel's page cache what is in the zone
+//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone
+//!                  |        fetched: wait for all \      / streaming: at once
+//!                  +----------------------------------+--> EROFS + cold device -> overlay -> container runs -> ready
+//!                                                                 \-> inject into the kernel's page cache what is there
 //! ```
 //!
-//! [`StartMode`] says which way a start takes. Streaming, pages that had not arrived when the image was mounted lie behind
-//! the cold device, whose reads wait for them and make them wanted first. A fetch that fails before ready ends the
-//! start; later it makes the reads of what it did not bring fail. If this process dies the mounts stay,
-//! serve hot pages and fail cold reads, until the next command removes them.
+//! [`StartMode`] says which way a start takes. Nothing looks at the image before its pages are there or, streaming, wait
+//! for: pages that had not arrived when the image was mounted lie behind the cold device, whose reads wait for them and
+//! make them wanted first. A fetch that fails before ready ends the start; later it makes the reads of what it did not
+//! bring fail. If this process dies the mounts stay, serve hot pages and fail cold reads, until the next command
+//! removes them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,8 +99,6 @@ struct Container {
 /// A container, and who tells when it is ready.
 struct Created {
     container: Container,
-    /// Its process runs; otherwise it waits for its pages.
-    started: bool,
     readiness: Option<Readiness>,
     mount_ms: f64,
     create_ms: f64,
@@ -149,8 +147,6 @@ pub async fn start(
     let probe = options.ready.clone().or(recorded);
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
-    // An answer that is open was asked for before.
-    let before_fetch = resolved.requests().data_requests - u64::from(pages.is_open());
     let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, pages, service, zone));
     let arrivals = fetching.as_ref().filter(|_| streaming).map(|f| Arc::clone(f.arrivals()));
     let shown = fetching.as_ref().map(|f| f.show(progress));
@@ -161,31 +157,17 @@ pub async fn start(
         }
     };
     let starting = async {
-        let fetched = async {
-            match &mut fetching {
-                Some(fetching) if !streaming => fetching.done().await,
-                _ => Ok(()),
-            }
-        };
+        if let Some(fetching) = fetching.as_mut().filter(|_| !streaming) {
+            fetching.done().await.map_err(|e| (e, None))?;
+        }
         let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals.as_ref());
-        // Both to their end: half a container cannot be removed.
-        let (fetched, created) = tokio::join!(fetched, creating);
-        let Created { mut container, started, readiness, mount_ms, create_ms } =
-            created.map_err(|e| (e, None))?;
+        let Created { container, readiness, mount_ms, create_ms } = creating.await.map_err(|e| (e, None))?;
         let begun = Instant::now();
         let running = async {
-            fetched?;
-            if container.injector.is_none() {
-                container.injector = container.rootfs.inject()?;
+            match readiness {
+                Some(readiness) => Ok(readiness.wait(&container.sandbox, options.timeout).await.map(drop)?),
+                None => Ok(()),
             }
-            if !started {
-                container.sandbox.start().await?;
-            }
-            let start_ms = ms(begun);
-            if let Some(readiness) = readiness {
-                readiness.wait(&container.sandbox, options.timeout).await?;
-            }
-            Ok(start_ms)
         };
         let outcome = match &mut fetching {
             Some(fetching) => tokio::select! {
@@ -195,12 +177,11 @@ pub async fn start(
             },
             None => running.await,
         };
-        let start_ms = match outcome {
-            Ok(start_ms) => start_ms,
-            Err(error) => return Err((error, Some(container))),
-        };
-        (report.mount_ms, report.start_ms) = (mount_ms, create_ms + start_ms);
-        (report.ready_ms, report.total_ms) = (ms(begun) - start_ms, ms(begin));
+        if let Err(error) = outcome {
+            return Err((error, Some(container)));
+        }
+        (report.mount_ms, report.start_ms) = (mount_ms, create_ms);
+        (report.ready_ms, report.total_ms) = (ms(begun), ms(begin));
         Ok(container)
     };
     let started = tokio::select! {
@@ -228,12 +209,10 @@ pub async fn start(
     if let Some((_, zone)) = &prepared.hot {
         report.pages_needed = zone.needed().count();
         report.pages_present = report.pages_needed - missing.min(report.pages_needed);
-        // In this order: a request for a layer that begins now is not counted among all of them.
-        let requests = resolved.requests().data_requests - before_fetch;
-        let layers = prepared.layer_stats();
-        report.layer_bytes = layers.bytes;
+        report.layer_bytes = prepared.layer_stats().bytes;
         if let Some(fetching) = &mut fetching {
-            report.data_requests = requests.saturating_sub(layers.requests);
+            let used = sources.list();
+            report.data_requests = used.iter().filter(|s| s.pages + s.bytes > 0).map(|s| s.requests).sum();
             report.pages_awaited = fetching.arrivals().awaited().count();
             let (stats, fetch_ms) = fetching.leave_alone().await;
             report.fetch_ms = fetch_ms;
@@ -262,8 +241,9 @@ pub async fn start(
     Ok(Running { report, container, fetching, layers: prepared.layers, resolved })
 }
 
-/// Mounts the image and creates the container; also starts the injection and the container's process if the zone is
-/// complete or becomes so with `arrivals`.
+/// Mounts the image, starts the injection and runs the container. The zone is complete or becomes so with `arrivals`: runc
+/// itself reads files of the image, so a page that is not there must not be a hole of the zone even before the
+/// container's process starts.
 async fn create(
     state: &State,
     resolved: &Resolved,
@@ -279,8 +259,7 @@ async fn create(
         let hot = prepared.hot_pages(arrivals);
         RootFs::mount(&dir, tree, hot, prepared.cold_source(), &Handle::current())
     })?;
-    let complete = prepared.hot.as_ref().is_some_and(|(_, zone)| zone.missing().count() == 0);
-    let injector = if complete || arrivals.is_some() { rootfs.inject()? } else { None };
+    let injector = rootfs.inject()?;
     let overlay = Overlay::mount(rootfs.path(), &dir.join("container"))?;
     let readiness = probe.map(|probe| Readiness::prepare(probe, &rootfs, overlay.path())).transpose()?;
     let mount_ms = ms(begin);
@@ -302,10 +281,9 @@ async fn create(
         forward: options.forward,
         on_line: readiness.as_ref().and_then(Readiness::on_line),
     };
-    let started = prepared.hot.is_none() || complete || arrivals.is_some();
-    let sandbox = if started { Sandbox::run(spec).await? } else { Sandbox::create(spec).await? };
+    let sandbox = Sandbox::run(spec).await?;
     let container = Container { sandbox, overlay, injector, rootfs };
-    Ok(Created { container, started, readiness, mount_ms, create_ms: ms(creating) })
+    Ok(Created { container, readiness, mount_ms, create_ms: ms(creating) })
 }
 
 impl Running {

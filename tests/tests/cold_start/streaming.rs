@@ -123,7 +123,8 @@ fn python_streams() -> Result<()> {
 #[test]
 fn a_registry_that_goes_away_is_one_error_and_the_next_start_goes_on() -> Result<()> {
     let served = Served::new("python")?;
-    for tenths in [1, 5, 9] {
+    // The last pages are first used by the answer itself: without some of them it may still come.
+    for tenths in [1, 5, 7] {
         let node = served.node(&tenths.to_string());
         let proxy = served.proxy(Pace::CloseAfter(served.metadata + served.data * tenths / 10))?;
         let mut arguments = text(["--json"]);
@@ -140,6 +141,18 @@ fn a_registry_that_goes_away_is_one_error_and_the_next_start_goes_on() -> Result
         ensure!(tenths < 5 || number(&healed, "pages_present")? > 0, "what had arrived was kept: {healed}");
         ensure!(number(&healed, "pages_present")? < number(&healed, "pages_needed")?, "{healed}");
         expect_clean(&node)?;
+    }
+    Ok(())
+}
+
+/// runc reads the image's accounts before the container's process runs: with holes in their place nginx finds no user.
+#[test]
+fn nobody_sees_a_page_that_has_not_arrived() -> Result<()> {
+    let served = Served::new("nginx")?;
+    for mode in ["fetched", "streaming"] {
+        let proxy = served.proxy(Pace::BytesPerSecond(1 << 20))?;
+        let report = run(&served.image(&proxy), &served.node(mode), &served.more(mode))?;
+        ensure!(report["start_mode"] == mode, "{report}");
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Pairs of starts of one image, interleaved so that both see the same machine. Nothing comes over a network.
 //!
 //! - `tdfs run` with its runtime image resident, next to the same command under the same runc on an overlay of the
-//!   unpacked layers, whose files are in the page cache. Both times run from the command until the service answers.
+//!   unpacked layers, whose files are in the page cache. Both times run from the command until a client that asks all the
+//!   time gets the first answer.
 //! - `tdfs record` with the probe attached, next to the same without.
 
 use std::path::{Path, PathBuf};
@@ -11,10 +12,11 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xtask::images::{self, Cache, Compression, Image};
-use xtask::network::Place;
+use xtask::network::{Link, Side};
 use xtask::table::Table;
 use xtask::{command, install};
 
+use super::methods::{self, Method as _};
 use super::statistics::{median, quantile};
 use super::warm::WarmOverlay;
 
@@ -55,7 +57,7 @@ pub fn run(name: &str, pairs: usize) -> Result<()> {
 /// A start with its runtime image resident, and one on an overlay of the unpacked layers.
 fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs: usize) -> Result<Pairs> {
     let service = &image.services[0];
-    let (packed, node) = (directory.join("packed"), directory.join("node"));
+    let packed = directory.join("packed");
     tdfs.json(
         tdfs.command()
             .arg("record")
@@ -63,18 +65,22 @@ fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs
             .args(["--service", service.name, "--ready", service.ready])
             .args([path("--output", &packed), path("--state", &directory.join("ci"))].concat()),
     )?;
-    let start = || {
-        let report = tdfs.json(
-            tdfs.command()
-                .arg("run")
-                .arg(format!("oci:{}", packed.display()))
-                .args(["--service", service.name, "--network", "private", "--exit-when-ready"])
-                .args(path("--state", &node)),
-        )?;
-        report["total_ms"].as_f64().context("total_ms")
+    install::packages(install::NETWORK_PACKAGES)?;
+    let link = Link::new(u8::try_from(std::process::id() % 200)?)?;
+    let place = link.place(Side::Node);
+    let warm = WarmOverlay::new(image, service, directory, &place)?;
+    let mut resident = methods::Tdfs {
+        name: "tdfs, resident",
+        place,
+        program: tdfs.program.clone(),
+        directory,
+        reference: format!("oci:{}", packed.display()),
+        service,
+        options: Vec::new(),
+        state: None,
     };
-    let warm = WarmOverlay::new(image, service, directory, &Place::here())?;
-    Pairs::measure(pairs, start, || warm.start())
+    resident.reset()?;
+    Pairs::measure(pairs, || Ok(resident.start()?.ready_ms), || warm.start())
 }
 
 /// The same recording with typed tracepoints and without any probe, when the page cache is asked afterwards. The time is
@@ -106,8 +112,8 @@ impl Pairs {
     /// Runs both once for nothing, to warm up, and then `pairs` times.
     fn measure(
         pairs: usize,
-        ours: impl Fn() -> Result<f64>,
-        theirs: impl Fn() -> Result<f64>,
+        mut ours: impl FnMut() -> Result<f64>,
+        mut theirs: impl FnMut() -> Result<f64>,
     ) -> Result<Self> {
         ours()?;
         theirs()?;

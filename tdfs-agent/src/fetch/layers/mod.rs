@@ -178,12 +178,11 @@ impl ImageLayers {
 
     async fn range(&self, blob: &Digest, size: u64, range: Range<u64>) -> Result<Bytes, FetchError> {
         let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
-        // Before the store counts it: whoever subtracts these requests from all must not find one that is under way.
-        self.requests.fetch_add(1, Ordering::Relaxed);
         let mut stream = self.store.blob_range(blob, size, range).await?;
         while let Some(piece) = stream.try_next().await? {
             bytes.extend_from_slice(&piece);
         }
+        self.requests.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(bytes.freeze())
     }
