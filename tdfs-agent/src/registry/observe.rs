@@ -12,13 +12,14 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Instant, SystemTime};
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::header::{CONTENT_LENGTH, USER_AGENT};
+use axum::http::header::{CONNECTION, CONTENT_LENGTH, USER_AGENT};
+use axum::http::{HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
@@ -66,10 +67,16 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
         announced: None,
         is_at_end: false,
     };
-    let body = Body::new(Counted { body, received });
+    let is_read = Arc::new(AtomicBool::new(body.is_end_stream()));
+    let body = Body::new(Counted { body, received, is_read: is_read.clone() });
+    let version = parts.version;
     let response = next.run(Request::from_parts(parts, body)).await;
     record.status = response.status().as_u16();
-    let (parts, body) = response.into_parts();
+    let (mut parts, body) = response.into_parts();
+    if version < Version::HTTP_2 && !is_read.load(Ordering::Relaxed) {
+        // The connection ends with an answer that comes before the whole request: the client must not use it again.
+        parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     record.announced = parts.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     record.is_at_end = body.is_end_stream();
     Response::from_parts(parts, Body::new(Observed { body, record }))
@@ -133,6 +140,7 @@ impl http_body::Body for Observed {
 struct Counted {
     body: Body,
     received: Arc<AtomicU64>,
+    is_read: Arc<AtomicBool>,
 }
 
 impl http_body::Body for Counted {
@@ -146,6 +154,9 @@ impl http_body::Body for Counted {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {
             self.received.fetch_add(data.len() as u64, Ordering::Relaxed);
+        }
+        if frame.is_none() || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Relaxed);
         }
         Poll::Ready(frame)
     }
