@@ -135,7 +135,7 @@ impl Method for Tdfs<'_> {
     }
 }
 
-/// Tells `tdfs run` to end; returns what it printed and its peak of memory.
+/// Tells `tdfs run` to end, by the signal that every service of ours handles as the first process of a container; returns what it printed and its peak of memory.
 fn end(mut child: Child) -> Result<(String, Option<u64>)> {
     let pid = child.id();
     // It prints its report as soon as it knows that the service is ready, which may be after the client does.
@@ -152,7 +152,7 @@ fn end(mut child: Child) -> Result<(String, Option<u64>)> {
     let peak = status
         .lines()
         .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
-    let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+    let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGINT);
     output.read_to_end(&mut report)?;
     child.wait()?;
     Ok((String::from_utf8_lossy(&report).into_owned(), peak.map(|kib: u64| kib << 10)))
