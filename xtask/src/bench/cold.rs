@@ -36,9 +36,9 @@ pub struct Sample {
     pub method: String,
     /// Turn.
     pub round: usize,
-    /// Bytes that the node received.
+    /// Bytes that the node received until the service answered.
     pub link_bytes: u64,
-    /// Packets that the node received.
+    /// Packets that the node received until then.
     pub link_packets: u64,
     /// What the start told, unless it failed.
     #[serde(flatten)]
@@ -106,8 +106,10 @@ fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn 
     method.reset()?;
     link.shape(Some(rate))?;
     let before = link.passed()?;
-    let started = method.start();
-    let passed = link.passed()? - before;
+    // What a container reads while it ends is no part of its start.
+    let mut at_ready = None;
+    let started = method.start(&mut || at_ready = Some(link.passed()));
+    let passed = at_ready.unwrap_or_else(|| link.passed())? - before;
     let (start, failed) = match started {
         Ok(start) => (Some(start), None),
         Err(error) => (None, Some(format!("{error:#}"))),

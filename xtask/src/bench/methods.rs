@@ -39,8 +39,8 @@ pub trait Method {
     fn name(&self) -> &str;
     /// Makes the node empty again. Not timed.
     fn reset(&mut self) -> Result<()>;
-    /// Starts the service and ends it when it has answered.
-    fn start(&mut self) -> Result<Start>;
+    /// Starts the service, calls `answered` when it has answered, and ends it.
+    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start>;
 }
 
 /// The files of the image are unpacked and cached: no cold start is faster.
@@ -55,8 +55,10 @@ impl Method for Warm<'_> {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Start> {
-        Ok(Start { ready_ms: self.0.start()?, ..Start::default() })
+    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
+        let ready_ms = self.0.start()?;
+        answered();
+        Ok(Start { ready_ms, ..Start::default() })
     }
 }
 
@@ -82,9 +84,11 @@ impl Method for FullPull<'_> {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Start> {
+    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
         let containerd = self.containerd.take().context("no containerd")?;
         let start = containerd.start_service(&self.reference, self.service)?;
+        // It fetches nothing after the pull.
+        answered();
         let ready_ms = (start.pull + start.start + start.ready).as_secs_f64() * 1000.0;
         Ok(Start { ready_ms, ..Start::default() })
     }
@@ -112,7 +116,7 @@ impl Method for Tdfs<'_> {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Start> {
+    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
         let state = self.state.as_ref().context("no state directory")?;
         let mut command = self.place.command(&self.program);
         command.args(["--json", "run", &self.reference, "--plain-http", "--service", self.service.name]);
@@ -122,14 +126,15 @@ impl Method for Tdfs<'_> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file);
         let started = Instant::now();
         let mut child = command.spawn().context("cannot start tdfs")?;
-        let answered = match self.place.namespace() {
+        let outcome = match self.place.namespace() {
             Some(namespace) => ready::wait_in(self.service, namespace, Some(&mut child)),
             None => bail!("a start of an empty node is measured at the end of a link"),
         };
         let ready_ms = started.elapsed().as_secs_f64() * 1000.0;
+        answered();
         let (report, memory) = end(child)?;
         let said = || fs::read_to_string(&log).unwrap_or_default().trim().to_owned();
-        answered.with_context(said)?;
+        outcome.with_context(said)?;
         let report = serde_json::from_str(&report).with_context(said)?;
         Ok(Start { ready_ms, memory, report: Some(report) })
     }

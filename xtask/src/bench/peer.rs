@@ -98,7 +98,7 @@ impl Method for Peer<'_> {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Start> {
+    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
         let Some(namespace) = self.place.namespace() else {
             bail!("a peer is measured at the end of a link")
         };
@@ -106,14 +106,15 @@ impl Method for Peer<'_> {
         start.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
         let started = Instant::now();
         let mut child = start.spawn().context("cannot start a shell")?;
-        let answered = ready::wait_in(self.service, namespace, None);
+        let outcome = ready::wait_in(self.service, namespace, None);
         let ready_ms = started.elapsed().as_secs_f64() * 1000.0;
+        answered();
         if let Some(clean) = &self.description.clean {
             command::output(&mut self.shell(clean)?)?;
         }
         let _ = child.kill();
         child.wait()?;
-        answered?;
+        outcome?;
         Ok(Start { ready_ms, ..Start::default() })
     }
 }
