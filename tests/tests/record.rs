@@ -228,7 +228,10 @@ fn every_way_to_touch_a_page_is_recorded_exactly() {
                 pages,
                 "{how} by {method:?}: pages in order of first use"
             );
-            assert_eq!(image.resident("data/a"), pages.into_iter().collect(), "{how}: residency");
+            // The kernel may have reclaimed some of them since (DAMON does so without need), but there are no others.
+            let resident = image.resident("data/a");
+            assert!(resident.is_subset(&pages.into_iter().collect()), "{how}: residency {resident:?}");
+            assert!(!resident.is_empty(), "{how}: nothing is resident");
             assert!(image.pages(&runs, "data/b").is_empty());
         }
     }
