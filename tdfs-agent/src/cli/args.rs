@@ -197,6 +197,9 @@ pub struct RunArgs {
     /// Stop the container as soon as it is ready, and fetch what is missing then
     #[arg(long)]
     pub exit_when_ready: bool,
+    /// Write what happened, moment by moment, for `tdfs report`: when ready, and once more when the container has ended
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
     /// Registries and directories
     #[command(flatten)]
     pub common: Common,

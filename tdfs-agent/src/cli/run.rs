@@ -1,19 +1,26 @@
 //! `tdfs run`
 
+use std::fs::File;
+use std::io::{Seek as _, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use anyhow::Context as _;
 use nix::sys::signal::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::RunArgs;
 use super::{interruptible, print, progress};
-use crate::node::{self, Rest, Running, StartOptions};
+use crate::node::{self, Recording, Rest, Running, StartOptions};
 use crate::record::sandbox::Forward;
 
 /// Starts a container, reports when it is ready, and stays until it ends.
 pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     let state = args.common.state().await?;
     let client = args.common.client(&args.image)?;
+    let events =
+        args.events.as_ref().map(|path| File::create(path).with_context(|| path.display().to_string()));
+    let events = events.transpose()?;
     let options = StartOptions {
         mode: args.start.into(),
         choice: args.choice.choice(),
@@ -24,6 +31,7 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         args: (!args.command.is_empty()).then(|| args.command.clone()),
         // With --json standard output is for the report.
         forward: if json { Forward::Stderr } else { Forward::Stdout },
+        events: events.is_some(),
     };
     let bar = progress::bytes("fetching");
     let shown = |done, total| progress::show(&bar, done, total);
@@ -38,6 +46,8 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
             return Err(error);
         }
     };
+    let events = events.zip(running.recording());
+    save(events.as_ref())?;
     if json {
         print(true, &running.report, "")?;
     } else {
@@ -46,11 +56,24 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     if args.exit_when_ready {
         let ended = async { Ok(running.end(Rest::Fetch).await) };
         interruptible(ended).await?;
+        save(events.as_ref())?;
         return Ok(ExitCode::SUCCESS);
     }
     forward_signals(&running).await?;
     let exit = running.end(Rest::Leave).await;
+    save(events.as_ref())?;
     Ok(exit.map_or(ExitCode::FAILURE, |e| ExitCode::from(u8::try_from(e.code()).unwrap_or(1))))
+}
+
+/// Writes what was recorded so far, in place of what the file held.
+fn save(events: Option<&(File, Arc<Recording>)>) -> anyhow::Result<()> {
+    let Some((mut file, recording)) = events.map(|(file, recording)| (file, recording)) else {
+        return Ok(());
+    };
+    let bytes = serde_json::to_vec(&recording.timeline())?;
+    let written =
+        file.rewind().and_then(|()| file.write_all(&bytes)).and_then(|()| file.set_len(bytes.len() as u64));
+    written.context("cannot write the events")
 }
 
 /// Passes signals to the container until it has ended.

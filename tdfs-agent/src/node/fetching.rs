@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::NodeError;
 use super::start::ms;
+use super::timeline::Moments;
 use crate::fetch::{Arrivals, Commit, FetchError, FetchStats, PageService, Progress, fetch_announced};
 use crate::oci::Store;
 use crate::rtpc::Zone;
@@ -99,6 +100,31 @@ impl Fetching {
             }
             std::future::pending().await
         }
+    }
+
+    /// Tells `moments` how far it is, until its end.
+    pub fn record(&self, moments: Moments) {
+        let (mut news, mut bytes) = (self.arrivals.news(), self.bytes.clone());
+        tokio::spawn(async move {
+            let mut open = true;
+            while open {
+                let (arrived, (received, total)) = (*news.borrow_and_update(), *bytes.borrow_and_update());
+                moments.arrived(arrived.arrived, received, total);
+                if arrived.over {
+                    return;
+                }
+                let changed = tokio::select! {
+                    changed = news.changed() => changed,
+                    changed = bytes.changed() => changed,
+                };
+                open = changed.is_ok();
+            }
+        });
+    }
+
+    /// When it began.
+    pub fn since(&self) -> Instant {
+        self.begin
     }
 
     /// What was fetched so far, without requests, and for how long, milliseconds. From now on nobody looks at its outcome

@@ -17,6 +17,7 @@ mod report;
 mod resolve;
 mod start;
 mod state;
+pub mod timeline;
 mod verify;
 
 use std::io;
@@ -32,6 +33,7 @@ pub use report::StartReport;
 pub use resolve::{Choice, Pull, Resolved, resolve};
 pub use start::{Running, StartMode, StartOptions, start};
 pub use state::State;
+pub use timeline::{Recording, Timeline};
 pub use verify::{Verified, verify};
 
 use crate::fetch::FetchError;

@@ -22,6 +22,7 @@ use tokio::runtime::Handle;
 use super::fetching::{Fetching, Rest};
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
+use super::timeline::{Moments, Recording, Stages};
 use super::{NodeError, StartReport, State};
 use crate::fetch::{Arrivals, ImageLayers, Progress, SourceUse, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
@@ -76,12 +77,15 @@ pub struct StartOptions {
     pub args: Option<Vec<String>>,
     /// Where the container's output goes.
     pub forward: Forward,
+    /// Whether to record what happens, see [`Running::recording`].
+    pub events: bool,
 }
 
 /// A container that is ready.
 pub struct Running {
     /// How it got there.
     pub report: StartReport,
+    recording: Option<Arc<Recording>>,
     container: Container,
     fetching: Option<Fetching>,
     layers: Arc<ImageLayers>,
@@ -100,6 +104,7 @@ struct Container {
 struct Created {
     container: Container,
     readiness: Option<Readiness>,
+    begin: Instant,
     mount_ms: f64,
     create_ms: f64,
 }
@@ -114,15 +119,24 @@ pub async fn start(
 ) -> Result<Running, NodeError> {
     let begin = Instant::now();
     let mut report = StartReport::default();
+    let mut stages = Stages::new(begin);
+    let moments = options.events.then(|| Moments::new(begin));
     let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
     let pages = std::mem::take(&mut resolved.pages);
     let (sources, answers) = (pages.sources(), pages.answers());
     report.image = Some(resolved.image.digest);
     report.resolve_ms = ms(begin);
+    stages.add("resolve", begin, report.resolve_ms);
 
     let diff = Instant::now();
     let before_pull = resolved.requests();
-    let prepared = Prepared::new(state, &mut resolved, progress).await?;
+    let pulling = |done, total| {
+        if let Some(moments) = &moments {
+            moments.arrived(0, done, total);
+        }
+        progress(done, total);
+    };
+    let prepared = Prepared::new(state, &mut resolved, &pulling).await?;
     let pulled = resolved.requests();
     let missing = prepared.hot.as_ref().map_or(0, |(_, zone)| zone.missing().count());
     let streaming;
@@ -136,8 +150,10 @@ pub async fn start(
     };
     if prepared.hot.is_some() {
         report.diff_ms = ms(diff);
+        stages.add("diff", diff, report.diff_ms);
     } else {
         report.fetch_ms = ms(diff);
+        stages.add("pull", diff, report.fetch_ms);
         report.layer_bytes = pulled.bytes_received - before_pull.bytes_received;
         report.data_requests = pulled.data_requests - before_pull.data_requests;
     }
@@ -148,6 +164,10 @@ pub async fn start(
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
     let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, pages, service, zone));
+    if let (Some(fetching), Some(moments)) = (&fetching, &moments) {
+        moments.missing(missing);
+        fetching.record(moments.clone());
+    }
     let arrivals = fetching.as_ref().filter(|_| streaming).map(|f| Arc::clone(f.arrivals()));
     let shown = fetching.as_ref().map(|f| f.show(progress));
     let shown = async {
@@ -160,8 +180,10 @@ pub async fn start(
         if let Some(fetching) = fetching.as_mut().filter(|_| !streaming) {
             fetching.done().await.map_err(|e| (e, None))?;
         }
-        let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals.as_ref());
-        let Created { container, readiness, mount_ms, create_ms } = creating.await.map_err(|e| (e, None))?;
+        let (arrivals, moments) = (arrivals.as_ref(), moments.as_ref());
+        let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals, moments);
+        let created = creating.await.map_err(|e| (e, None))?;
+        let Created { container, readiness, begin: creating, mount_ms, create_ms } = created;
         let begun = Instant::now();
         let running = async {
             match readiness {
@@ -182,6 +204,9 @@ pub async fn start(
         }
         (report.mount_ms, report.start_ms) = (mount_ms, create_ms);
         (report.ready_ms, report.total_ms) = (ms(begun), ms(begin));
+        stages.add("mount", creating, mount_ms);
+        stages.add("create", creating + Duration::from_secs_f64(mount_ms / 1000.0), create_ms);
+        stages.add("ready", begun, report.ready_ms);
         Ok(container)
     };
     let started = tokio::select! {
@@ -216,6 +241,7 @@ pub async fn start(
             report.pages_awaited = fetching.arrivals().awaited().count();
             let (stats, fetch_ms) = fetching.leave_alone().await;
             report.fetch_ms = fetch_ms;
+            stages.add("fetch", fetching.since(), fetch_ms);
             (report.pages_fetched, report.bytes_fetched) = (stats.pages_fetched, stats.bytes_fetched);
         }
     }
@@ -238,7 +264,11 @@ pub async fn start(
     };
     let used = std::iter::once(local).chain(sources.list()).chain(std::iter::once(layers));
     report.sources = used.filter(|s| s.pages + s.bytes + s.requests > 0).collect();
-    Ok(Running { report, container, fetching, layers: prepared.layers, resolved })
+    let service = prepared.hot.as_ref().map(|(service, _)| Arc::clone(service));
+    let recording = moments
+        .map(|m| m.recording(reference.to_string(), &report, stages, Arc::clone(&prepared.tree), service));
+    let recording = recording.map(Arc::new);
+    Ok(Running { report, recording, container, fetching, layers: prepared.layers, resolved })
 }
 
 /// Mounts the image, starts the injection and runs the container. The zone is complete or becomes so with `arrivals`: runc
@@ -251,6 +281,7 @@ async fn create(
     options: &StartOptions,
     probe: Option<&Probe>,
     arrivals: Option<&Arc<Arrivals>>,
+    moments: Option<&Moments>,
 ) -> Result<Created, NodeError> {
     let begin = Instant::now();
     let (id, dir) = state.new_run()?;
@@ -259,6 +290,9 @@ async fn create(
         let hot = prepared.hot_pages(arrivals);
         RootFs::mount(&dir, tree, hot, prepared.cold_source(), &Handle::current())
     })?;
+    if let Some(moments) = moments {
+        rootfs.log_reads(Arc::clone(&moments.reads));
+    }
     let injector = rootfs.inject()?;
     let overlay = Overlay::mount(rootfs.path(), &dir.join("container"))?;
     let readiness = probe.map(|probe| Readiness::prepare(probe, &rootfs, overlay.path())).transpose()?;
@@ -283,10 +317,15 @@ async fn create(
     };
     let sandbox = Sandbox::run(spec).await?;
     let container = Container { sandbox, overlay, injector, rootfs };
-    Ok(Created { container, readiness, mount_ms, create_ms: ms(creating) })
+    Ok(Created { container, readiness, begin, mount_ms, create_ms: ms(creating) })
 }
 
 impl Running {
+    /// What happened, if that was asked for; it goes on until the container has ended.
+    pub fn recording(&self) -> Option<Arc<Recording>> {
+        self.recording.clone()
+    }
+
     /// The container.
     pub fn sandbox(&self) -> &Sandbox {
         &self.container.sandbox

@@ -35,6 +35,17 @@ pub struct WaitStats {
     pub waited: Duration,
 }
 
+/// A read that had to wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Waited {
+    /// Since when.
+    pub begin: Instant,
+    /// How long.
+    pub took: Duration,
+    /// Pages of the read that were awaited in the beginning.
+    pub pages: u64,
+}
+
 /// The awaited pages of a mount.
 #[derive(Debug)]
 pub struct Awaited {
@@ -73,18 +84,20 @@ impl Awaited {
         })
     }
 
-    /// Waits until all `parts` of the zone file are there.
-    pub async fn wait(&self, parts: impl Iterator<Item = Range<u64>>) -> Result<(), i32> {
+    /// Waits until all `parts` of the zone file are there; `None` where they were.
+    pub async fn wait(&self, parts: impl Iterator<Item = Range<u64>>) -> (Option<Waited>, Result<(), i32>) {
         let pages: Vec<_> = parts.map(|p| p.start / PAGE_SIZE as u64..page::count(p.end)).collect();
         if !pages.iter().any(|p| self.arrivals.awaits(p.clone())) {
-            return Ok(());
+            return (None, Ok(()));
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
-        self.pages.fetch_add(pages.iter().map(|p| p.end - p.start).sum(), Ordering::Relaxed);
+        let count = pages.iter().map(|p| p.end - p.start).sum();
+        self.pages.fetch_add(count, Ordering::Relaxed);
         let begin = Instant::now();
         let arrived = self.arrivals.wait(&pages).await;
-        self.nanoseconds.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        arrived
+        let took = begin.elapsed();
+        self.nanoseconds.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+        (Some(Waited { begin, took, pages: count }), arrived)
     }
 
     /// `len` bytes of the zone file at `offset`, which must have arrived.

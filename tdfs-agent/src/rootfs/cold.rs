@@ -10,8 +10,9 @@
 //!           extent  hole  extent         awaited   extent
 //! ```
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
@@ -20,6 +21,7 @@ use tdfs_common::tree::{Body, Extent, Tree};
 use tokio::sync::Semaphore;
 
 use super::awaited::{Awaited, WaitStats};
+use super::reads::{Read, ReadLog};
 
 /// Reads that may hold data at a time: 64 MiB.
 const READS_MAX: usize = 64;
@@ -118,13 +120,20 @@ pub struct ColdDevice {
     slots: Semaphore,
     pages: AtomicU64,
     requests: AtomicU64,
+    log: OnceLock<Arc<ReadLog>>,
 }
 
 impl ColdDevice {
     /// The device over `tree`, with the map of the same tree.
     pub fn new(tree: Arc<Tree>, map: ColdMap, source: Arc<dyn ColdSource>, awaited: Option<Awaited>) -> Self {
         let slots = Semaphore::new(READS_MAX);
-        Self { tree, map, source, awaited, slots, pages: AtomicU64::new(0), requests: AtomicU64::new(0) }
+        let (pages, requests, log) = Default::default();
+        Self { tree, map, source, awaited, slots, pages, requests, log }
+    }
+
+    /// Logs reads from now on; the first log stays.
+    pub fn log_reads(&self, log: Arc<ReadLog>) {
+        let _ = self.log.set(log);
     }
 
     /// Bytes of the device.
@@ -160,15 +169,37 @@ impl ColdDevice {
                 Piece::Awaited { offset, len } => Some(offset..offset + len as u64),
                 _ => None,
             });
-            awaited.wait(parts).await?;
+            let (waited, arrived) = awaited.wait(parts).await;
+            if let (Some(log), Some(waited)) = (self.log.get(), waited) {
+                let error = arrived.err();
+                log.add_wait(self.logged(offset, waited.begin, waited.took, waited.pages, error));
+            }
+            arrived?;
         }
+        let Some(log) = self.log.get().filter(|_| cold > 0) else {
+            return self.gather(&pieces, len).await;
+        };
+        let begin = Instant::now();
+        let bytes = self.gather(&pieces, len).await;
+        let error = bytes.as_ref().err().copied();
+        log.add_cold(self.logged(offset, begin, begin.elapsed(), page::count(cold as u64), error));
+        bytes
+    }
+
+    /// For the log: a read at `offset`.
+    fn logged(&self, offset: u64, begin: Instant, took: Duration, pages: u64, error: Option<i32>) -> Read {
+        let (ino, page) = self.map.locate((offset / PAGE_SIZE as u64) as u32).unwrap_or_default();
+        Read { begin, took, ino, page, pages, error }
+    }
+
+    async fn gather(&self, pieces: &[Piece], len: usize) -> Result<Bytes, i32> {
         // The semaphore is never closed.
         let _slot = self.slots.acquire().await.ok();
-        if let [piece] = &pieces[..] {
+        if let [piece] = pieces {
             return self.read_piece(piece).await;
         }
         let mut bytes = BytesMut::with_capacity(len);
-        for piece in &pieces {
+        for piece in pieces {
             match piece {
                 Piece::Zeros(len) => bytes.resize(bytes.len() + len, 0),
                 piece => bytes.extend_from_slice(&self.read_piece(piece).await?),

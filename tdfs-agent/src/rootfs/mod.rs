@@ -26,6 +26,7 @@ pub mod inject;
 mod mount;
 pub mod overlay;
 mod read_ahead;
+mod reads;
 mod rundir;
 
 use std::fs::{File, OpenOptions};
@@ -46,6 +47,7 @@ pub use erofs::ErofsError;
 pub use inject::Injector;
 pub use mount::MountError;
 pub use overlay::Overlay;
+pub use reads::{Read, ReadLog, Reads};
 pub use rundir::{RunDir, recover};
 
 use awaited::Awaited;
@@ -234,6 +236,11 @@ impl RootFs {
             Injector::start(root.as_fd(), zone.as_fd(), tree, runs, arriving, self.read_ahead.clone())
         };
         File::open(&self.root).and_then(start).map(Some).map_err(RootfsError::io(&self.root))
+    }
+
+    /// Logs what is read through the cold device from now on; the first log stays.
+    pub fn log_reads(&self, log: Arc<ReadLog>) {
+        self.cold.log_reads(log);
     }
 
     /// What was read through the cold device so far.
