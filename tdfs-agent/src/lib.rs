@@ -1,7 +1,7 @@
 //! tdfs: record, pack, fetch and serve runtime images.
 //!
 //! A module calls only modules to its left:
-//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- {node, registry} <- cli`.
+//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- {node, registry} <- report <- cli`.
 
 pub mod cli;
 pub mod fetch;
@@ -10,5 +10,6 @@ pub mod oci;
 pub mod pack;
 pub mod record;
 pub mod registry;
+pub mod report;
 pub mod rootfs;
 pub mod rtpc;

@@ -1,5 +1,6 @@
 //! Shared pieces of the end-to-end tests.
 
+pub mod browser;
 pub mod fingerprint;
 pub mod images;
 pub mod proxy;

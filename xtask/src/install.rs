@@ -21,8 +21,8 @@ pub const IMAGE_PACKAGES: &[&str] = &["ca-certificates", "mmdebstrap", "pigz"];
 pub const RUN_PACKAGES: &[&str] =
     &["apache2-utils", "containerd", "docker-registry", "erofs-utils", "runc", "skopeo", "umoci"];
 
-/// What only the tests need: other clients of registries, and what runs their S3 server.
-pub const TEST_PACKAGES: &[&str] = &["buildah", "python3-venv"];
+/// What only the tests need: other clients of registries, what runs their S3 server, and a browser.
+pub const TEST_PACKAGES: &[&str] = &["buildah", "chromium", "fonts-dejavu-core", "python3-venv"];
 
 /// What makes networks of known bandwidth.
 pub const NETWORK_PACKAGES: &[&str] = &["iproute2", "util-linux"];

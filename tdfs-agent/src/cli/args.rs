@@ -50,6 +50,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Check every byte of an image's runtime images against the image
     Verify(InspectArgs),
+    /// Draw a recording, a start, or both as one page for a browser
+    Report(ReportArgs),
     /// Serve images and runtime images to other machines
     Registry(RegistryArgs),
     /// The server behind `tdfs mount`
@@ -235,6 +237,38 @@ pub struct InspectArgs {
     /// Registries and directories
     #[command(flatten)]
     pub common: Common,
+}
+
+/// `tdfs report`
+#[derive(Args, Debug)]
+pub struct ReportArgs {
+    /// Draw the recordings of this image: registry/repo:tag, …@sha256:…, oci:DIR[:tag] or the directory of a layout
+    #[arg(value_parser = super::inspect::image_or_layout, required_unless_present = "events")]
+    pub image: Option<Reference>,
+    /// Only this service
+    #[arg(long, value_name = "NAME", requires = "image")]
+    pub service: Option<String>,
+    /// Draw the start that `tdfs run --events FILE` wrote down
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
+    /// What to write
+    #[arg(long, value_enum, default_value_t = ReportFormat::Html)]
+    pub format: ReportFormat,
+    /// Where to; `-` for standard output. tdfs-report.html or tdfs-trace.json where left out
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Registries and directories
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// What a report is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// One page that needs nothing else
+    Html,
+    /// The start in the Trace Event Format, for ui.perfetto.dev; needs --events
+    Perfetto,
 }
 
 /// `tdfs registry`

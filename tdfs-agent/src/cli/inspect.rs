@@ -89,7 +89,7 @@ pub async fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode>
         groups: Vec::new(),
     };
     let mut services = Vec::new();
-    for available in wanted(args, &store, &image).await? {
+    for available in wanted(args.service.as_deref(), &store, &image).await? {
         let choice = Choice::Pinned(available.manifest.digest);
         let loaded = pack::load(&store, state.root(), &image, choice).await?;
         let service = &loaded.service;
@@ -159,7 +159,7 @@ pub async fn verify(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode> 
     let state = args.common.state().await?;
     let store = Store::open(&args.image, &args.common.client(&args.image)?)?;
     let image = store.resolve(&args.image).await?;
-    let wanted = wanted(args, &store, &image).await?;
+    let wanted = wanted(args.service.as_deref(), &store, &image).await?;
     if wanted.is_empty() {
         bail!("{} has no runtime image", args.image);
     }
@@ -183,15 +183,16 @@ pub async fn verify(args: &InspectArgs, json: bool) -> anyhow::Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-async fn wanted(
-    args: &InspectArgs,
+/// The runtime images of `image`, or just that of `service`.
+pub async fn wanted(
+    service: Option<&str>,
     store: &Store,
     image: &crate::oci::Image,
 ) -> anyhow::Result<Vec<pack::Available>> {
     let mut all = pack::list(store, image).await?;
-    if let Some(name) = &args.service {
+    if let Some(name) = service {
         let names = all.iter().map(|a| a.service.clone()).collect::<Vec<_>>().join(", ");
-        all.retain(|a| a.service == *name);
+        all.retain(|a| a.service == name);
         if all.is_empty() {
             bail!("no runtime image of service {name:?}; there are: {names}");
         }

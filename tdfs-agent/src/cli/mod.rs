@@ -6,6 +6,7 @@ mod mount;
 mod progress;
 mod record;
 mod registry;
+mod report;
 mod run;
 
 use std::collections::BTreeMap;
@@ -68,6 +69,7 @@ async fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Umount { target, state } => mount::umount(target, state, json).await,
         Command::Inspect(args) => inspect::inspect(args, json).await,
         Command::Verify(args) => inspect::verify(args, json).await,
+        Command::Report(args) => report::report(args, json).await,
         Command::Registry(args) => registry::registry(args, json).await,
     }
 }
