@@ -1,14 +1,23 @@
-//! A TCP proxy in front of a registry that delivers answers slowly, or one of them not at all.
+//! A TCP proxy in front of a registry that delivers answers slowly, or one of them not at all. Little lies in between:
+//! what the client has not got, the registry has not sent.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::sockopt::{RcvBuf, TcpMaxSeg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, socket};
+
 /// Bytes passed on at a time.
 const PIECE: usize = 16 << 10;
+/// Bytes that the kernel may take from the registry beforehand, for each connection.
+const AHEAD: usize = 32 << 10;
+/// Bytes of a TCP segment between registry and proxy.
+const SEGMENT: u32 = 1460;
 
 /// What the proxy does to answers.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +26,8 @@ pub enum Pace {
     BytesPerSecond(u64),
     /// The first connection that has brought so many bytes brings no more; all others are not slowed down.
     StallAfter(u64),
+    /// After so many bytes of a connection the others come one by one, with pauses, for ever.
+    TrickleAfter(u64, Duration),
     /// After so many bytes, all connections together, every connection breaks and none is made any more.
     CloseAfter(u64),
 }
@@ -98,6 +109,17 @@ impl Drop for Proxy {
     }
 }
 
+/// A connection in which the kernel holds little. A large segment size, as loopback has, would make the sender's buffer
+/// large.
+fn connect(upstream: SocketAddr) -> io::Result<TcpStream> {
+    let family = if upstream.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, RcvBuf, &AHEAD)?;
+    setsockopt(&socket, TcpMaxSeg, &SEGMENT)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(upstream))?;
+    Ok(socket.into())
+}
+
 impl Shared {
     fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
@@ -107,7 +129,7 @@ impl Shared {
     }
 
     fn connect(self: &Arc<Self>, client: TcpStream, upstream: SocketAddr) -> io::Result<()> {
-        let server = TcpStream::connect(upstream)?;
+        let server = connect(upstream)?;
         server.set_nodelay(true)?;
         client.set_nodelay(true)?;
         self.connections().extend([client.try_clone()?, server.try_clone()?]);
@@ -151,6 +173,15 @@ impl Shared {
                         }
                         return Ok(());
                     }
+                }
+                Pace::TrickleAfter(bytes, pause) => {
+                    let quick = bytes.saturating_sub(brought - len as u64).min(len as u64) as usize;
+                    to.write_all(&buffer[..quick])?;
+                    for byte in &buffer[quick..len] {
+                        thread::sleep(pause);
+                        to.write_all(&[*byte])?;
+                    }
+                    continue;
                 }
                 Pace::CloseAfter(bytes) => {
                     if passed + len as u64 > bytes {

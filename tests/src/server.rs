@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, ChildStdout, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -35,7 +35,10 @@ impl Server {
 
     /// Starts a server over any storage, with these variables in its environment.
     pub fn start_over(root: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Result<Self> {
-        let mut command = tdfs::command(["--json", "registry", "--root", root, "--listen", "127.0.0.1:0"])?;
+        let mut command = tdfs::command(["--json", "registry", "--root", root])?;
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
         command.args(arguments).envs(environment.iter().copied());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("tdfs")?;
         let stderr = BufReader::new(child.stderr.take().context("stderr is piped")?);
@@ -70,6 +73,18 @@ impl Server {
     #[must_use]
     pub fn image(&self, name: &str) -> String {
         format!("{}/{name}", self.addr)
+    }
+
+    /// Pushes the image `latest` of a layout as `name`, with an optional tag; returns the reference to it.
+    pub fn push(&self, layout: &Path, name: &str) -> Result<String> {
+        let image = self.image(name);
+        xtask::command::output(
+            Command::new("skopeo")
+                .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
+                .arg(format!("oci:{}:latest", layout.display()))
+                .arg(format!("docker://{image}")),
+        )?;
+        Ok(image)
     }
 
     /// What it wrote to standard error so far.

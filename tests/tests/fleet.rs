@@ -24,14 +24,8 @@ fn sixty_four_nodes_start_at_once() -> Result<()> {
     let dir = TempDir::with_prefix("tdfs-fleet-")?;
     let path = |name: &str| dir.path().join(name).display().to_string();
     let server = Server::start(&dir.path().join("registry"), &[])?;
-    let image = server.image("fleet/nginx:latest");
+    let image = server.push(&images::image("nginx")?, "fleet/nginx:latest")?;
     let service = &recipe("nginx")?.services[0];
-    xtask::command::output(
-        std::process::Command::new("skopeo")
-            .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
-            .arg(format!("oci:{}:latest", images::image("nginx")?.display()))
-            .arg(format!("docker://{image}")),
-    )?;
     let recorder = path("recorder");
     let record = ["record", &image, "--service", service.name, "--ready", service.ready, "--push"];
     tdfs::json(record.into_iter().chain(["--state", &recorder]))?;

@@ -59,9 +59,7 @@ fn containerd_pulls_and_pushes() -> Result<()> {
     let dir = TempDir::new()?;
     let server = Server::start(&dir.path().join("registry"), &[])?;
     let layout = images::image("nginx")?;
-    let (here, there) = (server.image("team/nginx:v1"), server.image("other/nginx:v2"));
-    let source = format!("oci:{}:latest", layout.display());
-    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{here}")])?;
+    let (here, there) = (server.push(&layout, "team/nginx:v1")?, server.image("other/nginx:v2"));
     let containerd = Containerd::start(dir.path(), &Place::here())?;
     let ctr = |arguments: &[&str]| command::output(containerd.ctr().args(arguments));
     ctr(&["images", "pull", "--plain-http", "--snapshotter", "native", &here])?;
@@ -78,9 +76,7 @@ fn buildah_pulls_and_pushes() -> Result<()> {
     let dir = TempDir::new()?;
     let server = Server::start(&dir.path().join("registry"), &[])?;
     let layout = images::image("nginx")?;
-    let (here, there) = (server.image("team/nginx:v1"), server.image("other/nginx:v2"));
-    let source = format!("oci:{}:latest", layout.display());
-    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{here}")])?;
+    let (here, there) = (server.push(&layout, "team/nginx:v1")?, server.image("other/nginx:v2"));
     let policy = dir.path().join("policy.json");
     std::fs::write(&policy, r#"{ "default": [{ "type": "insecureAcceptAnything" }] }"#)?;
     let buildah = |verb: &str, arguments: &[&str]| {
@@ -103,9 +99,7 @@ fn buildah_pulls_and_pushes() -> Result<()> {
 fn tdfs_records_into_it_and_starts_from_it() -> Result<()> {
     let dir = TempDir::new()?;
     let server = Server::start(&dir.path().join("registry"), &[])?;
-    let image = server.image("team/nginx:latest");
-    let source = format!("oci:{}:latest", images::image("nginx")?.display());
-    skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{image}")])?;
+    let image = server.push(&images::image("nginx")?, "team/nginx:latest")?;
     let service = &images::recipe("nginx")?.services[0];
     let state = |name: &str| dir.path().join(name).display().to_string();
     tdfs::json([
