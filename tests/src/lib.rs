@@ -3,6 +3,7 @@
 pub mod browser;
 pub mod fingerprint;
 pub mod images;
+pub mod node;
 pub mod proxy;
 pub mod registry;
 pub mod s3;

@@ -340,6 +340,9 @@ pub struct ServeArgs {
     /// Key of the first certificate, a PEM file
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
+    /// How long a client may take for the head of a request, and for any 64 KiB that it sends or is sent
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub patience: Duration,
     /// Serve /metrics here instead of beside everything else
     #[arg(long, value_name = "ADDRESS")]
     pub metrics_listen: Option<String>,

@@ -47,12 +47,10 @@ use super::experience::{Experience, Sample};
 use super::frame::Decoder;
 use super::receive::{Incoming, Sink};
 use super::sources::Sources;
-use crate::oci::{ByteStream, ClientOptions, OciError, PageAnswer, PageSource, Store};
+use crate::oci::{ByteStream, ClientOptions, OciError, Pace, PageAnswer, PageSource, Store};
 
-/// How long a page service may bring less than [`PATIENCE_BYTES`].
+/// How long a page service may make no progress.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Less than this is no progress.
-const PATIENCE_BYTES: u64 = 64 << 10;
 /// Requests in a row that bring nothing.
 const FRUITLESS_MAX: u32 = 3;
 /// Requests to one source.
@@ -576,25 +574,20 @@ fn held(segments: &[Segment], needed: &PageBitmap, missing: &PageBitmap) -> Vec<
     segments.iter().filter_map(held).take(HELD_MAX).collect()
 }
 
-/// `stream`, ended by an error when it brings next to nothing for `patience`; time in which nobody reads does not
-/// count.
+/// `stream`, ended by an error when it makes no progress for `patience`.
 fn paced(stream: ByteStream, patience: Duration, waited: Arc<Measure>) -> ByteStream {
-    let state = (stream, Duration::ZERO, 0u64);
-    Box::pin(stream::try_unfold(state, move |(mut stream, mut spent, mut bytes)| {
+    let state = (stream, Pace::new(patience));
+    Box::pin(stream::try_unfold(state, move |(mut stream, mut pace)| {
         let waited = waited.clone();
         async move {
             let idle = || OciError::Idle { url: "page service".into(), after: patience };
             let begin = Instant::now();
-            let piece = timeout(patience.saturating_sub(spent), stream.next()).await;
-            spent += begin.elapsed();
-            let Ok(piece) = piece else { return Err(idle()) };
+            let Ok(piece) = timeout(pace.left(), stream.next()).await else { return Err(idle()) };
             let Some(piece) = piece.transpose()? else { return Ok(None) };
-            waited.add(piece.len() as u64, begin.elapsed());
-            bytes += piece.len() as u64;
-            if bytes >= PATIENCE_BYTES {
-                (spent, bytes) = (Duration::ZERO, 0);
-            }
-            Ok(Some((piece, (stream, spent, bytes))))
+            let (bytes, took) = (piece.len() as u64, begin.elapsed());
+            waited.add(bytes, took);
+            pace.moved(took, bytes);
+            Ok(Some((piece, (stream, pace))))
         }
     }))
 }

@@ -53,8 +53,8 @@ pub enum OciError {
         /// The chain of causes.
         reason: String,
     },
-    /// The server did not send a byte for this long.
-    #[error("{url}: nothing received for {} s", .after.as_secs_f32())]
+    /// The server sent nothing, or next to nothing, for this long.
+    #[error("{url}: nothing or too little received for {} s", .after.as_secs_f32())]
     Idle {
         /// Address without query.
         url: String,

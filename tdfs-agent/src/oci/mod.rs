@@ -15,6 +15,7 @@ mod error;
 pub mod layer;
 mod layout;
 mod manifest;
+mod pace;
 mod pages;
 mod platform;
 mod push;
@@ -37,6 +38,7 @@ pub use manifest::{
     CONFIG_MAX, CONFIG_TYPE, DESCRIPTORS_MAX, Descriptor, Document, EMPTY_TYPE, INDEX_TYPE, Image, Index,
     MANIFEST_MAX, MANIFEST_TYPE, Manifest, REF_NAME,
 };
+pub(crate) use pace::Pace;
 pub use pages::{PageAnswer, PageSource};
 pub use platform::Platform;
 pub use reference::{Location, Reference};
@@ -61,7 +63,7 @@ pub struct ClientOptions {
     pub page_service: bool,
     /// For the connection to a server.
     pub connect_timeout: Duration,
-    /// For the next byte of an answer.
+    /// For the head of an answer, and for any 64 KiB of its body.
     pub idle_timeout: Duration,
     /// How often to try again after a failure that may pass.
     pub retries: u32,

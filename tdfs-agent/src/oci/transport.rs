@@ -1,13 +1,14 @@
 //! One HTTP request and its answer: clients, timeouts, counters. No retries, redirects or credentials here.
 //!
-//! Every wait ends: connecting after the connect timeout, an answer or a piece of a body after the idle timeout.
+//! Every wait ends: connecting after the connect timeout, an answer after the idle timeout, and its body when it makes
+//! no progress (see `pace.rs`) for as long.
 //! Environment proxies (`HTTPS_PROXY`, `NO_PROXY`, ...) apply except to loopback addresses.
 
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{CONTENT_LENGTH, HeaderMap, HeaderName, RETRY_AFTER};
@@ -15,7 +16,7 @@ use reqwest::{Certificate, Client, Method, StatusCode, redirect};
 use tokio::time::timeout;
 use url::{Host, Url};
 
-use super::{ClientOptions, OciError, Requests, manifest};
+use super::{ClientOptions, OciError, Pace, Requests, manifest};
 
 /// Uploads slower than this count as hung.
 const UPLOAD_BYTES_PER_SECOND: u64 = 64 << 10;
@@ -164,7 +165,8 @@ impl Transport {
         };
         let turned_away = sent.as_ref().is_ok_and(|r| !answered(r.status()));
         self.counters.request(if turned_away { Kind::Metadata } else { request.kind });
-        Ok(Answer { response: sent?, url, idle_timeout: self.idle_timeout, counters: self.counters.clone() })
+        let (pace, counters) = (Pace::new(self.idle_timeout), self.counters.clone());
+        Ok(Answer { response: sent?, url, pace, counters })
     }
 }
 
@@ -174,7 +176,7 @@ pub(super) struct Answer {
     response: reqwest::Response,
     /// Without query and credentials.
     pub url: String,
-    idle_timeout: Duration,
+    pace: Pace,
     counters: Arc<Counters>,
 }
 
@@ -198,13 +200,16 @@ impl Answer {
 
     /// The next piece of the body.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, OciError> {
-        match timeout(self.idle_timeout, self.response.chunk()).await {
+        let begin = Instant::now();
+        match timeout(self.pace.left(), self.response.chunk()).await {
             Ok(Ok(chunk)) => {
-                self.counters.received(chunk.as_ref().map_or(0, Bytes::len));
+                let bytes = chunk.as_ref().map_or(0, Bytes::len);
+                self.pace.moved(begin.elapsed(), bytes as u64);
+                self.counters.received(bytes);
                 Ok(chunk)
             }
             Ok(Err(e)) => Err(broken(&self.url, e)),
-            Err(_) => Err(OciError::Idle { url: self.url.clone(), after: self.idle_timeout }),
+            Err(_) => Err(OciError::Idle { url: self.url.clone(), after: self.pace.patience() }),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The registry side: an OCI distribution server (specification 1.1) with a page service beside it.
 //!
 //! ```text
-//! client -> serve (limits, TLS) -> observe -> access -> api -> Registry -> Repositories -> Storage: directory or S3 bucket
+//! client -> serve (limits, TLS, patience) -> observe -> access -> api -> Registry -> Repositories -> Storage: directory or S3 bucket
 //!                                                                   `-> PullThrough -> another registry
 //! ```
 //!
@@ -17,6 +17,7 @@ mod keys;
 mod metrics;
 mod observe;
 pub mod page_service;
+mod patience;
 mod pull_through;
 mod repositories;
 pub mod request;

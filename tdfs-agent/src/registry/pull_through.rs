@@ -182,7 +182,7 @@ impl PullThrough {
         sender: &watch::Sender<Result<u64, String>>,
     ) -> Result<(), String> {
         let storage = repositories.storage();
-        let mut writer = Some(storage.writer(keys::content(&blob.digest), blob.digest).await);
+        let mut writer = Some(storage.writer(keys::content(&blob.digest), blob.digest));
         let mut written = 0;
         while let Some(piece) = stream.next().await {
             let piece = piece.map_err(|e| e.to_string())?;

@@ -1,15 +1,13 @@
 //! The listener: connections in, requests to the router, everything bounded.
 //!
-//! A connection gets a place or waits in the kernel's queue; its head must come within [`HEAD_WITHIN`] and be small,
-//! its peer must take what is sent to it within [`WRITE_STALL`]. On a signal no connection is taken any more, those
-//! that are idle close, and those at work get [`GRACE`] to finish.
+//! A connection gets one of [`CONNECTIONS_MAX`] places or waits in the kernel's queue; the heads of its requests must be
+//! small, and its peer may keep the server waiting no longer than `patience` says. On a signal no connection is taken any
+//! more, those that are idle close, and those at work get [`GRACE`] to finish.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, State};
@@ -24,36 +22,29 @@ use hyper_util::service::TowerToHyperService;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
 use super::access::{Access, AccessError};
 use super::metrics::Metrics;
 use super::observe::observe;
+use super::patience::Impatient;
 use super::{Registry, api};
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 1024;
-/// Requests at a time on one HTTP/2 connection.
-const STREAMS_MAX: u32 = 64;
 /// Header fields of a request.
 const HEADERS_MAX: usize = 64;
 /// Bytes of the head of a request.
 const HEAD_MAX: usize = 32 << 10;
-/// For the head of a request to come, also when the connection was idle.
-const HEAD_WITHIN: Duration = Duration::from_secs(30);
-/// For a peer to take some of what is sent to it.
-const WRITE_STALL: Duration = Duration::from_mins(1);
 /// For requests to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
 /// After a failure to accept, such as no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How the server is to be run.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Where to listen; port 0 for any.
     pub listen: String,
@@ -65,6 +56,9 @@ pub struct Options {
     pub htpasswd: Option<PathBuf>,
     /// Everybody may read.
     pub anonymous_pull: bool,
+    /// How long a peer may take for the head of a request, also when its connection was idle, and for any 64 KiB of what
+    /// it sends or is sent.
+    pub patience: Duration,
 }
 
 /// The server cannot be set up.
@@ -98,6 +92,7 @@ pub struct Server {
     tls: Option<TlsAcceptor>,
     metrics: Option<(TcpListener, Router)>,
     counters: Arc<Metrics>,
+    patience: Duration,
 }
 
 impl Server {
@@ -109,7 +104,8 @@ impl Server {
         };
         let counters = registry.metrics().clone();
         let tls = options.tls.as_ref().map(|(certificates, key)| acceptor(certificates, key)).transpose()?;
-        let mut router = api::router(registry);
+        let patience = options.patience;
+        let mut router = api::router(registry, patience);
         if let Some(path) = &options.htpasswd {
             let access = Arc::new(Access::load(path, options.anonymous_pull)?);
             router = router.layer(from_fn_with_state(access, api::guard));
@@ -124,7 +120,7 @@ impl Server {
             None
         };
         let router = router.merge(open).layer(from_fn_with_state(counters.clone(), observe));
-        Ok(Self { listener: listen(&options.listen).await?, router, tls, metrics, counters })
+        Ok(Self { listener: listen(&options.listen).await?, router, tls, metrics, counters, patience })
     }
 
     /// Where it listens.
@@ -140,7 +136,7 @@ impl Server {
     /// Serves until `stop`, and until the requests that run then are done or had time enough.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let graceful = GracefulShutdown::new();
-        let listening = Listening { graceful: &graceful, counters: &self.counters };
+        let listening = Listening { graceful: &graceful, counters: &self.counters, patience: self.patience };
         let metrics = async {
             match self.metrics {
                 Some((listener, router)) => listening.accept(listener, router, None).await,
@@ -172,7 +168,7 @@ fn acceptor(certificates: &Path, key: &Path) -> Result<TlsAcceptor, ServeError> 
         .with_safe_default_protocol_versions()
         .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, private))
         .map_err(|e| bad(certificates, e.to_string()))?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
@@ -180,24 +176,20 @@ fn acceptor(certificates: &Path, key: &Path) -> Result<TlsAcceptor, ServeError> 
 struct Listening<'a> {
     graceful: &'a GracefulShutdown,
     counters: &'a Arc<Metrics>,
+    patience: Duration,
 }
 
 impl Listening<'_> {
     /// Takes connections, for ever.
     async fn accept(self, listener: TcpListener, router: Router, tls: Option<TlsAcceptor>) {
-        let mut server = auto::Builder::new(TokioExecutor::new());
+        let patience = self.patience;
+        let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
         server
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_WITHIN)
+            .header_read_timeout(patience)
             .max_headers(HEADERS_MAX)
-            .max_buf_size(HEAD_MAX)
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS_MAX)
-            .max_header_list_size(HEAD_MAX as u32)
-            .keep_alive_interval(HEAD_WITHIN)
-            .keep_alive_timeout(HEAD_WITHIN);
+            .max_buf_size(HEAD_MAX);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             // The semaphore is never closed.
@@ -217,15 +209,16 @@ impl Listening<'_> {
             let connections = self.counters.connections.clone();
             tokio::spawn(async move {
                 connections.inc();
-                let stream = Impatient::new(stream);
                 let served = match tls {
                     None => {
-                        let connection = server.serve_connection(TokioIo::new(stream), service);
+                        let stream = TokioIo::new(Impatient::new(stream, patience));
+                        let connection = server.serve_connection(stream, service);
                         watcher.watch(connection.into_owned()).await
                     }
-                    Some(tls) => match tokio::time::timeout(HEAD_WITHIN, tls.accept(stream)).await {
+                    Some(tls) => match tokio::time::timeout(patience, tls.accept(stream)).await {
                         Ok(Ok(stream)) => {
-                            let connection = server.serve_connection(TokioIo::new(stream), service);
+                            let stream = TokioIo::new(Impatient::new(stream, patience));
+                            let connection = server.serve_connection(stream, service);
                             watcher.watch(connection.into_owned()).await
                         }
                         Ok(Err(e)) => Err(e.into()),
@@ -239,69 +232,5 @@ impl Listening<'_> {
                 drop(place);
             });
         }
-    }
-}
-
-/// A connection that breaks when its peer takes nothing for [`WRITE_STALL`].
-struct Impatient {
-    stream: TcpStream,
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl Impatient {
-    fn new(stream: TcpStream) -> Self {
-        Self { stream, stalled: None }
-    }
-
-    fn watch<T>(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if result.is_ready() {
-            self.stalled = None;
-            return result;
-        }
-        let stalled = self
-            .stalled
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + WRITE_STALL)));
-        ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl AsyncRead for Impatient {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Impatient {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.watch(cx, result)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.watch(cx, result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.stream).poll_flush(cx);
-        self.watch(cx, result)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.watch(cx, result)
     }
 }

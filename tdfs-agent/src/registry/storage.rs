@@ -12,7 +12,8 @@
 //! machine, what was deleted may be there once more.
 //!
 //! Blocks: every call, on the disk or the network. Nothing is locked meanwhile. Memory: a writer holds at most
-//! three pieces of [`PIECE`], and at most [`WRITERS_MAX`] writers are open; the others wait.
+//! three pieces of [`PIECE`], and at most [`WRITERS_MAX`] writers hold more than [`SMALL`]; the others wait. Who sends
+//! next to nothing takes no place from them.
 
 use std::io;
 use std::ops::Range;
@@ -36,8 +37,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of a piece of an upload and of a part of an object; S3 wants at least 5 MiB, and takes 10000 parts.
 pub const PIECE: usize = 8 << 20;
-/// Objects that are written at a time.
+/// Large objects that are written at a time.
 const WRITERS_MAX: usize = 32;
+/// Bytes of an object that may be held without a place among these.
+const SMALL: usize = 256 << 10;
 /// Parts on their way while the next one is filled.
 const PARTS_UNDERWAY: usize = 1;
 /// Bytes read from a file at a time.
@@ -195,18 +198,13 @@ impl Storage {
         Ok(self.durable.list_with_delimiter(Some(prefix)).await?.common_prefixes)
     }
 
-    /// A place for one of the few objects that are written at a time.
-    pub async fn writing(&self) -> OwnedSemaphorePermit {
-        loop {
-            // The semaphore is never closed.
-            if let Ok(permit) = self.writers.clone().acquire_owned().await {
-                return permit;
-            }
-        }
+    /// For somebody who holds what is to be stored.
+    pub fn place(&self) -> Place {
+        Place { all: self.writers.clone(), taken: None }
     }
 
     /// Begins a large object, which will have to be `digest`.
-    pub async fn writer(&self, key: Path, digest: Digest) -> Writer {
+    pub fn writer(&self, key: Path, digest: Digest) -> Writer {
         Writer {
             store: self.durable.clone(),
             key,
@@ -215,7 +213,7 @@ impl Storage {
             size: 0,
             first: BytesMut::new(),
             upload: None,
-            _permit: self.writing().await,
+            place: self.place(),
         }
     }
 
@@ -306,6 +304,22 @@ fn read_file(
     })
 }
 
+/// A place among those who hold much.
+pub struct Place {
+    all: Arc<Semaphore>,
+    taken: Option<OwnedSemaphorePermit>,
+}
+
+impl Place {
+    /// Waits for a place if `bytes` are more than may be held without one.
+    pub async fn hold(&mut self, bytes: usize) {
+        if bytes > SMALL && self.taken.is_none() {
+            // The semaphore is never closed.
+            self.taken = self.all.clone().acquire_owned().await.ok();
+        }
+    }
+}
+
 /// An object that is being written. Dropped before it is committed, it leaves nothing.
 pub struct Writer {
     store: Arc<dyn ObjectStore>,
@@ -316,7 +330,7 @@ pub struct Writer {
     /// Until there is more than one piece.
     first: BytesMut,
     upload: Option<WriteMultipart>,
-    _permit: OwnedSemaphorePermit,
+    place: Place,
 }
 
 impl Writer {
@@ -330,6 +344,7 @@ impl Writer {
             upload.write(&bytes);
             return Ok(());
         }
+        self.place.hold(self.first.len() + bytes.len()).await;
         self.first.extend_from_slice(&bytes);
         if self.size > PIECE as u64 {
             let upload = self.store.put_multipart(&self.key).await?;

@@ -13,6 +13,8 @@
 //!
 //! A session that was left alone is removed by garbage collection.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
@@ -31,9 +33,9 @@ pub enum BodyError {
     /// The connection broke.
     #[error("the body broke off: {0}")]
     Broken(String),
-    /// Nothing came for too long.
-    #[error("nothing was sent for {0} s")]
-    Idle(u64),
+    /// Nothing, or next to nothing, came for this long.
+    #[error("nothing or too little was sent for {} s", .0.as_secs_f32())]
+    Idle(Duration),
 }
 
 /// An upload does not go on.
@@ -116,7 +118,7 @@ impl Upload {
         mut body: Body,
         announced: Option<u64>,
     ) -> Result<(), UploadError> {
-        let _permit = storage.writing().await;
+        let mut place = storage.place();
         let (mut pending, mut total) = (BytesMut::new(), 0u64);
         let ended = loop {
             match body.next().await {
@@ -125,6 +127,7 @@ impl Upload {
                     if announced.is_some_and(|announced| total > announced) {
                         break Err(UploadError::Length(announced.unwrap_or_default()));
                     }
+                    place.hold(pending.len() + bytes.len()).await;
                     // Copied: small pieces would hold on to the buffers that they came in.
                     pending.extend_from_slice(&bytes);
                     if pending.len() >= PIECE {
@@ -184,7 +187,7 @@ pub async fn store(
     mut content: BoxStream<'_, Result<Bytes, UploadError>>,
     digest: &Digest,
 ) -> Result<u64, UploadError> {
-    let mut writer = storage.writer(keys::content(digest), *digest).await;
+    let mut writer = storage.writer(keys::content(digest), *digest);
     while let Some(bytes) = content.next().await {
         writer.write(bytes?).await?;
     }

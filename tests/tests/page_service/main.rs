@@ -3,7 +3,6 @@
 mod server;
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +11,13 @@ use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
-use tdfs_agent::fetch::{SourceUse, fetch};
-use tdfs_agent::node::{Choice, Prepared, Pull, State, resolve};
 use tdfs_agent::oci::{ClientOptions, Reference, Store};
 use tdfs_agent::pack;
-use tdfs_common::digest::ContentHash;
 use tdfs_common::page::PAGE_SIZE;
-use tdfs_common::runtime_image::{Segment, Service};
+use tdfs_common::runtime_image::Service;
 use tdfs_common::wire::{HEAD_LEN, Head, Kind, Part, STREAM_HEADER_LEN};
 use tdfs_tests::images::{self, recipe};
+use tdfs_tests::node::Node;
 use tdfs_tests::synthetic::Random;
 use tdfs_tests::tdfs;
 use tempfile::TempDir;
@@ -160,7 +157,10 @@ fn a_plain_registry_is_asked_once_a_day() -> Result<()> {
         let server = Server::start(recorded.0.path(), false).await?;
         for (n, asked) in [1, 0].into_iter().enumerate() {
             let node = Node::new(&recorded.path("node"))?;
-            let done = node.start(&server, "nginx").await.with_context(|| format!("start {n}"))?;
+            let done = node
+                .start(&server.image("image:latest"), "nginx")
+                .await
+                .with_context(|| format!("start {n}"))?;
             ensure!(server.requests().0 == asked, "start {n}");
             ensure!(done.of("page_service").failures.get("absent").copied() == (asked == 1).then_some(1));
             ensure!(done.of("ranges").pages > 0);
@@ -186,7 +186,7 @@ fn mirrors_come_first_credentials_are_sent_and_a_fast_wire_carries_plain_pages()
                 [(origin.addr.to_string(), vec![format!("http://{}", first.addr)])].into_iter().collect();
             Ok::<_, anyhow::Error>(node)
         };
-        let done = mirrored("mirrored", &mirror)?.start(&origin, "nginx").await?;
+        let done = mirrored("mirrored", &mirror)?.start(&origin.image("image:latest"), "nginx").await?;
         ensure!(
             done.of("mirror").pages == total && done.of("page_service").requests == 0,
             "{:?}",
@@ -195,17 +195,17 @@ fn mirrors_come_first_credentials_are_sent_and_a_fast_wire_carries_plain_pages()
         ensure!((mirror.requests().0, origin.requests().0) == (1, 0));
         let stored = done.of("mirror").bytes;
         // A mirror that does not know the image is no reason to do without a page service.
-        let done = mirrored("ignorant", &ignorant)?.start(&origin, "nginx").await?;
+        let done = mirrored("ignorant", &ignorant)?.start(&origin.image("image:latest"), "nginx").await?;
         ensure!(done.of("mirror").failures["refused"] == 1 && done.of("page_service").pages == total);
         // One that lies is left for the next.
         mirror.ruin(|_, answer| vec![Piece::Bytes(vec![7; answer.len()])]);
-        let done = mirrored("lying", &mirror)?.start(&origin, "nginx").await?;
+        let done = mirrored("lying", &mirror)?.start(&origin.image("image:latest"), "nginx").await?;
         ensure!(done.of("mirror").failures["wrong"] == 1 && done.of("page_service").pages == total);
 
         // Where the wire is said to be faster than the CPU, pages are not compressed, as far as the server has time.
         let node = Node::new(&recorded.path("fast"))?;
         std::fs::write(recorded.path("fast/sources.json"), r#"{"wire":1e15,"decode":1.0}"#)?;
-        let done = node.start(&origin, "nginx").await?;
+        let done = node.start(&origin.image("image:latest"), "nginx").await?;
         let (plain, used) = (total * PAGE_SIZE as u64, done.of("page_service"));
         ensure!(used.pages == total && used.bytes > stored && used.bytes <= plain, "{used:?}");
         let learnt: Value = serde_json::from_slice(&std::fs::read(recorded.path("fast/sources.json"))?)?;
@@ -221,66 +221,13 @@ fn mirrors_come_first_credentials_are_sent_and_a_fast_wire_carries_plain_pages()
         origin.requests();
         let mut node = Node::new(&recorded.path("known"))?;
         node.options.auth_file = Some(auth);
-        let done = node.start(&origin, "nginx").await?;
+        let done = node.start(&origin.image("image:latest"), "nginx").await?;
         ensure!(done.of("page_service").pages == total && origin.requests().1 == 0, "{:?}", done.sources);
-        let stranger = Node::new(&recorded.path("stranger"))?.start(&origin, "nginx").await;
+        let stranger =
+            Node::new(&recorded.path("stranger"))?.start(&origin.image("image:latest"), "nginx").await;
         ensure!(stranger.err().context("let in")?.to_string().contains("credentials"));
         Ok(())
     })
-}
-
-/// A node of this process: everything of a start but the container.
-struct Node {
-    state: State,
-    options: ClientOptions,
-}
-
-/// What a start did.
-struct Done {
-    sources: Vec<SourceUse>,
-}
-
-impl Done {
-    fn of(&self, source: &str) -> SourceUse {
-        self.sources.iter().find(|s| s.source == source).cloned().unwrap_or_default()
-    }
-}
-
-impl Node {
-    fn new(dir: &Path) -> Result<Self> {
-        let options = ClientOptions {
-            idle_timeout: Duration::from_millis(700),
-            backoff: Duration::from_millis(5),
-            ..ClientOptions::default()
-        };
-        Ok(Self { state: State::open(dir)?, options })
-    }
-
-    /// Resolves and fetches, and reads every page back.
-    async fn start(&self, server: &Server, service: &str) -> Result<Done> {
-        let reference: Reference = server.image("image:latest").parse()?;
-        let choice = Choice::Service(service.to_owned());
-        let mut resolved = resolve(&self.state, &reference, &choice, Pull::Missing, &self.options).await?;
-        let prepared = Prepared::new(&self.state, &mut resolved, &|_, _| {}).await?;
-        let (service, zone) = prepared.hot.as_ref().context("no runtime image")?;
-        let mut pages = std::mem::take(&mut resolved.pages);
-        let fetched = fetch(&resolved.store, &mut pages, service, zone, &|_, _| {}).await;
-        let missing = zone.missing();
-        // Whatever is present is right, also after an error.
-        let needed = service.needed();
-        for frame in service.segments.iter().flat_map(Segment::placed) {
-            if frame.pages.clone().all(|p| needed.contains(p) && !missing.contains(p)) {
-                let mut bytes = vec![0; frame.frame.pages as usize * PAGE_SIZE];
-                zone.data_file().read_exact_at(&mut bytes, frame.pages.start * PAGE_SIZE as u64)?;
-                ensure!(ContentHash::of(&bytes) == frame.frame.hash, "wrong bytes in frame {}", frame.index);
-            }
-        }
-        let (_, commit) = fetched?;
-        commit.wait().await?;
-        ensure!(missing.count() == 0, "{} pages are missing", missing.count());
-        resolved.remembered().await;
-        Ok(Done { sources: pages.sources().list() })
-    }
 }
 
 /// The units of an answer, as bytes.
@@ -331,7 +278,7 @@ fn broken_connections_are_resumed_and_bad_answers_are_left() -> Result<()> {
             seen.store(answer.len(), std::sync::atomic::Ordering::Relaxed);
             vec![Piece::Bytes(answer)]
         });
-        let done = fresh("whole")?.start(&server, "nginx").await?;
+        let done = fresh("whole")?.start(&server.image("image:latest"), "nginx").await?;
         ensure!((done.of("page_service").pages, done.of("page_service").requests) == (total, 1));
         let length = length.load(std::sync::atomic::Ordering::Relaxed);
 
@@ -345,7 +292,7 @@ fn broken_connections_are_resumed_and_bad_answers_are_left() -> Result<()> {
                 vec![Piece::Bytes(answer), Piece::Break]
             });
             let done = fresh(&format!("cut{round}"))?
-                .start(&server, "nginx")
+                .start(&server.image("image:latest"), "nginx")
                 .await
                 .with_context(|| format!("{a} {b}"))?;
             let used = done.of("page_service");
@@ -546,7 +493,10 @@ fn broken_connections_are_resumed_and_bad_answers_are_left() -> Result<()> {
         ];
         for (what, reason, fault) in faults {
             server.ruin(fault);
-            let done = fresh(&format!("bad {what}"))?.start(&server, "nginx").await.context(what)?;
+            let done = fresh(&format!("bad {what}"))?
+                .start(&server.image("image:latest"), "nginx")
+                .await
+                .context(what)?;
             let used = done.of("page_service");
             ensure!(used.failures.contains_key(reason), "{what}: {used:?}");
             if reason == "wrong" {
@@ -564,7 +514,7 @@ fn broken_connections_are_resumed_and_bad_answers_are_left() -> Result<()> {
                 vec![Piece::Bytes(answer)]
             });
             fresh(&format!("flip{round}"))?
-                .start(&server, "nginx")
+                .start(&server.image("image:latest"), "nginx")
                 .await
                 .with_context(|| format!("flip at {at}"))?;
         }
@@ -601,7 +551,7 @@ fn hostile_requests_do_not_disturb_others() -> Result<()> {
         // Half a request keeps only its own connection waiting.
         let half = std::net::TcpStream::connect(addr)?;
         std::io::Write::write_all(&mut &half, head(1000).as_bytes())?;
-        let done = Node::new(&recorded.path("node"))?.start(&server, "nginx").await?;
+        let done = Node::new(&recorded.path("node"))?.start(&server.image("image:latest"), "nginx").await?;
         ensure!(done.of("page_service").requests == 1 && done.of("ranges").requests == 0);
         Ok(())
     })

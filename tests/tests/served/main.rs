@@ -2,6 +2,7 @@
 //! the one that it should be.
 
 mod killed;
+mod slow;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,6 @@
 //! The distribution API: requests in, answers out. Everything it says lies in the storage, nothing in the process.
 //!
-//! A body is read as it comes, and only while what reads it has room; when nothing comes for [`BODY_IDLE`] the
-//! request ends.
+//! A body is read as it comes, and only while what reads it has room.
 
 mod blobs;
 mod manifests;
@@ -21,17 +20,14 @@ use axum::http::request::Parts;
 use axum::http::{Method, Response, StatusCode};
 use axum::middleware::Next;
 use axum::response::IntoResponse;
-use futures_util::stream::{self, StreamExt as _};
 use serde::Serialize;
 
 use super::access::Access;
 use super::request::{ParseError, Route};
-use super::uploads::{self as sessions, BodyError};
-use super::{Registry, page_service};
+use super::uploads as sessions;
+use super::{Registry, page_service, patience};
 pub use refusal::Refusal;
 
-/// The longest wait for the next bytes of a body.
-const BODY_IDLE: Duration = Duration::from_secs(30);
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
@@ -40,10 +36,18 @@ type Answer = Result<Response<Body>, Refusal>;
 /// A request without its body.
 struct Head(Parts);
 
+/// What all requests share.
+#[derive(Clone)]
+struct Api {
+    registry: Arc<Registry>,
+    patience: Duration,
+}
+
 /// Serves `registry`, with the page service beside it.
-pub fn router(registry: Arc<Registry>) -> Router {
-    let pages = page_service::router(registry.clone(), &page_service::Limits::default());
-    Router::new().fallback(dispatch).with_state(registry).merge(pages)
+pub fn router(registry: Arc<Registry>, patience: Duration) -> Router {
+    let limits = page_service::Limits { patience, ..page_service::Limits::default() };
+    let pages = page_service::router(registry.clone(), &limits);
+    Router::new().fallback(dispatch).with_state(Api { registry, patience }).merge(pages)
 }
 
 /// Lets through who may pass. That this is a registry is told to nobody without credentials: clients ask for it to
@@ -62,13 +66,13 @@ pub async fn guard(State(access): State<Arc<Access>>, request: Request, next: Ne
     refusal.with(WWW_AUTHENTICATE, "Basic realm=\"tdfs registry\"").into_response()
 }
 
-async fn dispatch(State(registry): State<Arc<Registry>>, request: Request) -> Response<Body> {
-    let mut response = answer(&registry, request).await.unwrap_or_else(IntoResponse::into_response);
+async fn dispatch(State(api): State<Api>, request: Request) -> Response<Body> {
+    let mut response = answer(&api, request).await.unwrap_or_else(IntoResponse::into_response);
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
     response
 }
 
-async fn answer(registry: &Registry, request: Request) -> Answer {
+async fn answer(Api { registry, patience }: &Api, request: Request) -> Answer {
     let (parts, body) = request.into_parts();
     let method = parts.method.clone();
     let reads = matches!(method, Method::GET | Method::HEAD);
@@ -84,7 +88,7 @@ async fn answer(registry: &Registry, request: Request) -> Answer {
             "this registry is read-only",
         ));
     }
-    let (head, body) = (Head(parts), bytes(body));
+    let (head, body) = (Head(parts), patience::body(body, *patience));
     match (route, method.as_str()) {
         (Route::Base, "GET" | "HEAD") => Ok(json(&serde_json::Map::new())),
         (Route::Tags(name), "GET" | "HEAD") => manifests::tags(registry, &name, &head).await,
@@ -138,20 +142,6 @@ impl Head {
     fn length(&self) -> Option<u64> {
         self.header(CONTENT_LENGTH)?.parse().ok()
     }
-}
-
-/// What a client sends, with an end to every wait for it.
-fn bytes(body: Body) -> sessions::Body {
-    stream::unfold(Some(body.into_data_stream()), |body| async move {
-        let mut body = body?;
-        match tokio::time::timeout(BODY_IDLE, body.next()).await {
-            Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(body))),
-            Ok(Some(Err(e))) => Some((Err(BodyError::Broken(e.to_string())), None)),
-            Ok(None) => None,
-            Err(_) => Some((Err(BodyError::Idle(BODY_IDLE.as_secs())), None)),
-        }
-    })
-    .boxed()
 }
 
 /// An answer without a body.
