@@ -380,7 +380,7 @@ pub enum TraceMethod {
 /// When a container's process starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Start {
-    /// Streaming if at least 8 MiB are missing
+    /// Streaming if what is missing is expected to take longer than creating the container does
     Auto,
     /// When all pages are there
     Fetched,

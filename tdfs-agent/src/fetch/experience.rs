@@ -9,6 +9,8 @@
 //! them. `decode` is bytes of pages per second of one core, hash included; `wire` is bytes per second of the time spent
 //! waiting for the network alone, so that a slow CPU does not look like a slow network. Both are averages that halve
 //! the weight of the past with each start.
+//!
+//! **How long a fetch takes** follows from the same two rates ([`Experience::expected`]).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +31,10 @@ const HOSTS_MAX: usize = 256;
 const FILE_MAX: u64 = 256 << 10;
 /// Bytes that a measurement needs to mean something.
 const SAMPLE_MIN: u64 = 1 << 20;
+/// Of a network that was not measured yet: 1 Gb/s.
+const WIRE: f64 = 125e6;
+/// Of a core that was not measured yet.
+const DECODE: f64 = 400e6;
 
 /// What was learnt.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -94,11 +100,18 @@ impl Experience {
 
     /// How pages should be sent.
     pub fn encoding(&self) -> Encoding {
-        let cores = thread::available_parallelism().map_or(1, usize::from) as f64;
         match (self.wire, self.decode) {
-            (Some(wire), Some(decode)) if wire > decode * cores => Encoding::Plain,
+            (Some(wire), Some(decode)) if wire > decode * cores() => Encoding::Plain,
             _ => Encoding::Stored,
         }
+    }
+
+    /// How long a fetch takes that brings `pages` bytes of pages in `stored` bytes: receiving and decompressing overlap.
+    pub fn expected(&self, stored: u64, pages: u64) -> Duration {
+        let wire = stored as f64 / self.wire.unwrap_or(WIRE);
+        let decode = pages as f64 / (self.decode.unwrap_or(DECODE) * cores());
+        // A rate out of a damaged file may be anything.
+        Duration::try_from_secs_f64(wire.max(decode)).unwrap_or(Duration::MAX)
     }
 
     fn save(&self) {
@@ -120,6 +133,10 @@ fn blend(average: &mut Option<f64>, sample: Sample) {
     if sample.bytes >= SAMPLE_MIN && rate.is_finite() {
         *average = Some(average.filter(|a| a.is_finite() && *a > 0.0).map_or(rate, |old| old.midpoint(rate)));
     }
+}
+
+fn cores() -> f64 {
+    thread::available_parallelism().map_or(1, usize::from) as f64
 }
 
 fn now() -> u64 {
@@ -176,7 +193,7 @@ mod tests {
     #[test]
     fn pages_are_asked_for_plain_where_the_wire_is_faster_than_all_cores() {
         let dir = tempfile::tempdir().unwrap();
-        let cores = thread::available_parallelism().unwrap().get() as u64;
+        let cores = cores() as u64;
         let mut known = Experience::load(dir.path());
         assert_eq!(known.encoding(), Encoding::Stored);
         known.measured(sample(1 << 30, 1.0), sample(cores << 31, 1.0));
@@ -191,5 +208,21 @@ mod tests {
             known.measured(sample(1 << 30, 1.0), sample(10 << 20, 1.0));
         }
         assert_eq!(Experience::load(dir.path()).encoding(), Encoding::Stored);
+    }
+
+    #[test]
+    fn a_fetch_takes_as_long_as_the_slower_of_wire_and_cores() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut known = Experience::load(dir.path());
+        assert_eq!(known.expected(0, 0), Duration::ZERO);
+        assert_eq!(known.expected(250_000_000, 1), Duration::from_secs(2), "1 Gb/s unless measured");
+        known.measured(sample(1 << 30, 1.0), sample(10 << 20, 1.0));
+        assert_eq!(known.expected(20 << 20, 80 << 20), Duration::from_secs(2), "the wire");
+        let pages = cores() as u64 * (3 << 30);
+        assert_eq!(known.expected(20 << 20, pages), Duration::from_secs(3), "the cores");
+        for damage in [0.0, -1.0, f64::NAN] {
+            known.wire = Some(damage);
+            known.expected(1, 1);
+        }
     }
 }

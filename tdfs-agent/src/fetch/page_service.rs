@@ -192,6 +192,11 @@ impl PageService {
         self.answers
     }
 
+    /// How long it should take to bring `pages` bytes of pages in `stored` bytes, by what was measured in earlier starts.
+    pub fn expected(&self, stored: u64, pages: u64) -> Duration {
+        self.experience.expected(stored, pages)
+    }
+
     /// Remembers what was measured.
     pub(super) fn learn(&mut self) {
         if self.answers > 0 {

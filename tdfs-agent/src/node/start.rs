@@ -30,14 +30,14 @@ use crate::record::sandbox::{Accounts, Exit, Forward, Network, Sandbox, SandboxS
 use crate::record::{Probe, Readiness};
 use crate::rootfs::{Injector, Overlay, RootFs};
 
-/// Bytes that arrive while a container is created and started, about 60 ms, on a link of 1 Gb/s: fewer are not worth
-/// the detour of their pages through FUSE.
-const STREAMING_FROM: u64 = 8 << 20;
+/// A container is created and started in about this time: a fetch that takes no longer is not worth the detour of its
+/// pages through FUSE.
+const STREAMING_FROM: Duration = Duration::from_millis(60);
 
 /// When the container's process starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StartMode {
-    /// Streaming if at least 8 MiB are missing.
+    /// Streaming if what is missing is expected to take longer than creating the container does.
     Auto,
     /// When all pages are there.
     Fetched,
@@ -46,12 +46,12 @@ pub enum StartMode {
 }
 
 impl StartMode {
-    /// Whether to stream the `missing` bytes, and why.
-    fn streams(self, missing: u64) -> (bool, String) {
-        let size = format!("{:.1} MiB are missing", missing as f64 / f64::from(1 << 20));
+    /// Whether to stream `missing` bytes that should arrive `within` this time, and why.
+    fn streams(self, missing: u64, within: Duration) -> (bool, String) {
+        let size = missing as f64 / f64::from(1 << 20);
+        let why = format!("{size:.1} MiB are missing and should take {} ms", within.as_millis());
         match self {
-            Self::Auto if missing < STREAMING_FROM => (false, format!("only {size}")),
-            Self::Auto => (true, size),
+            Self::Auto => (within >= STREAMING_FROM, why),
             Self::Fetched => (false, "as asked for".into()),
             Self::Streaming => (true, "as asked for".into()),
         }
@@ -143,10 +143,14 @@ pub async fn start(
     (report.source, report.start_mode, (streaming, report.start_reason)) = match &prepared.hot {
         None => ("layers", "layers", (false, "there is no runtime image".into())),
         Some(_) if missing == 0 => ("resident", "resident", (false, "nothing is missing".into())),
-        Some((service, zone)) => match options.mode.streams(bytes_missing(service, zone)) {
-            why @ (true, _) => ("fetched", "streaming", why),
-            why @ (false, _) => ("fetched", "fetched", why),
-        },
+        Some((service, zone)) => {
+            let stored = bytes_missing(service, zone);
+            let within = pages.expected(stored, missing * PAGE_SIZE as u64);
+            match options.mode.streams(stored, within) {
+                why @ (true, _) => ("fetched", "streaming", why),
+                why @ (false, _) => ("fetched", "fetched", why),
+            }
+        }
     };
     if prepared.hot.is_some() {
         report.diff_ms = ms(diff);
