@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use oci_spec::image::ImageConfiguration;
 use tdfs_agent::record::order::{PageRun, first_use};
-use tdfs_agent::record::sandbox::{Accounts, Forward, Network, Sandbox, SandboxSpec, Workload};
+use tdfs_agent::record::sandbox::{Accounts, Forward, Launch, Network, SandboxSpec, Workload};
 use tdfs_agent::record::{
     Probe, Readiness, ReadyError, RecordError, RecordInput, Recording, Tracer, TracerOptions, record,
     residency, tracer,
 };
-use tdfs_agent::rootfs::{Overlay, RootFs};
+use tdfs_agent::rootfs::{Overlay, RootFs, RunDir};
 use tdfs_common::digest::Digest;
 use tdfs_common::envelope::Format;
 use tdfs_common::trace::Method;
@@ -67,7 +67,8 @@ impl Image {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let run = dir.path().join("run");
-        let rootfs = RootFs::mount(&run, Arc::new(tree), None, Arc::new(layers), runtime.handle()).unwrap();
+        let run = Arc::new(RunDir::create(&run).unwrap());
+        let rootfs = RootFs::mount(run, Arc::new(tree), None, Arc::new(layers), runtime.handle()).unwrap();
         Self { rootfs, runtime, dir }
     }
 
@@ -131,10 +132,8 @@ impl Image {
         self.runtime.block_on(async {
             let overlay = Overlay::mount(self.rootfs.path(), &self.rootfs.dir().join(self.id())).unwrap();
             let readiness = Readiness::prepare(&probe, &self.rootfs, overlay.path())?;
-            let sandbox = Sandbox::create(SandboxSpec {
-                id: &self.id(),
-                bundle: &self.dir.path().join("bundle"),
-                runc_root: &self.dir.path().join("runc"),
+            let (bundle, runc) = (self.dir.path().join("bundle"), self.dir.path().join("runc"));
+            let spec = SandboxSpec {
                 rootfs: overlay.path(),
                 workload: Workload {
                     configuration: &configuration(""),
@@ -144,9 +143,8 @@ impl Image {
                 },
                 forward: Forward::Stderr,
                 on_line: readiness.on_line(),
-            })
-            .await
-            .unwrap();
+            };
+            let sandbox = Launch::create(&self.id(), &bundle, &runc).unwrap().finish(spec).await.unwrap();
             sandbox.start().await.unwrap();
             let ready = readiness.wait(&sandbox, timeout).await;
             sandbox.delete().await.unwrap();

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use tdfs_agent::fetch::Arrivals;
 use tdfs_agent::rootfs::{
-    self, ColdSource, ColdStats, HotPages, Overlay, RootFs, RootfsError, WaitStats, erofs,
+    self, ColdSource, ColdStats, HotPages, Overlay, RootFs, RootfsError, RunDir, WaitStats, erofs,
 };
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::page;
@@ -62,19 +62,18 @@ impl Fixture {
         hot: Option<HotPages<'_>>,
         source: Arc<dyn ColdSource>,
     ) -> Result<RootFs, RootfsError> {
-        RootFs::mount(
-            &self.dir.path().join("run"),
-            Arc::clone(&self.tree),
-            hot,
-            source,
-            self.runtime.handle(),
-        )
+        RootFs::mount(run_dir(self.dir.path())?, Arc::clone(&self.tree), hot, source, self.runtime.handle())
     }
 
     /// Every path on the mount, by inode.
     fn paths(&self, rootfs: &RootFs) -> Vec<PathBuf> {
         self.tree.paths().iter().map(|p| rootfs.path().join(OsStr::from_bytes(p))).collect()
     }
+}
+
+fn run_dir(dir: &Path) -> Result<Arc<RunDir>, RootfsError> {
+    let path = dir.join("run");
+    RunDir::create(&path).map(Arc::new).map_err(|source| RootfsError::Io { path, source })
 }
 
 /// Pages of a file that the page cache holds.
@@ -666,7 +665,7 @@ fn failed_mounts_leave_nothing_behind() {
 
     let shm = TempDir::new_in("/dev/shm").unwrap();
     let on_tmpfs = RootFs::mount(
-        &shm.path().join("run"),
+        run_dir(shm.path()).unwrap(),
         Arc::clone(&fixture.tree),
         None,
         Arc::clone(&fixture.layers) as _,

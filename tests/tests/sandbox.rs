@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use nix::sys::signal::Signal;
 use oci_spec::image::ImageConfiguration;
 use tdfs_agent::record::sandbox::{
-    Accounts, Exit, Forward, Network, Sandbox, SandboxError, SandboxSpec, Workload, remove_leftover,
+    Accounts, Exit, Forward, Launch, Network, Sandbox, SandboxError, SandboxSpec, Workload, remove_leftover,
 };
 
 /// A root file system with the host's own shell in it, good enough to run commands.
@@ -53,10 +53,7 @@ impl Fixture {
     async fn create(&self, script: &str, lines: &Arc<Mutex<Vec<String>>>) -> Result<Sandbox, SandboxError> {
         let lines = Arc::clone(lines);
         let args = [script.to_owned()];
-        Sandbox::create(SandboxSpec {
-            id: &self.id(),
-            bundle: &self.dir.path().join("bundle"),
-            runc_root: &self.dir.path().join("runc"),
+        let spec = SandboxSpec {
             rootfs: &self.dir.path().join("rootfs"),
             workload: Workload {
                 configuration: &self.configuration,
@@ -68,8 +65,12 @@ impl Fixture {
             on_line: Some(Arc::new(move |l| {
                 lines.lock().unwrap().push(String::from_utf8_lossy(l).into_owned());
             })),
-        })
-        .await
+        };
+        self.launch()?.finish(spec).await
+    }
+
+    fn launch(&self) -> Result<Launch, SandboxError> {
+        Launch::create(&self.id(), &self.dir.path().join("bundle"), &self.dir.path().join("runc"))
     }
 }
 

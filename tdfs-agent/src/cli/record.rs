@@ -150,10 +150,11 @@ async fn record_once(
     command: Option<&[String]>,
 ) -> anyhow::Result<Recording> {
     let (passwd, group) = whole.prepared.accounts(&whole.image).await?;
-    let (id, dir) = state.new_run()?;
+    let dir = state.new_run()?;
+    let id = dir.id().into_owned();
     let source = whole.prepared.cold_source();
     let tree = Arc::clone(&whole.prepared.tree);
-    let rootfs = tokio::task::block_in_place(|| RootFs::mount(&dir, tree, None, source, &Handle::current()))?;
+    let rootfs = tokio::task::block_in_place(|| RootFs::mount(dir, tree, None, source, &Handle::current()))?;
     let recording = crate::record::record(RecordInput {
         rootfs: &rootfs,
         image: whole.image.digest,

@@ -4,11 +4,12 @@
 //! reference -> resolve -> image + runtime image     (resolve.rs; cached, so a second start asks nobody)
 //!           -> diff -> fetch -> inject              (rtpc, fetch)      |  at the same time
 //!           -> EROFS + cold device + overlay        (rootfs)           |  at the same time
-//!           -> container -> ready                   (start.rs)
+//!           -> container -> ready                   (container.rs, start.rs)
 //! ```
 //!
 //! Without a runtime image all layers are fetched first and every page comes from them.
 
+mod container;
 mod fetching;
 mod mount;
 mod prepare;

@@ -98,11 +98,11 @@ pub async fn mount(
         (report.pages_needed, report.pages_fetched) = (stats.pages_needed, stats.pages_fetched);
         commit.wait().await?;
     }
-    let (_, dir) = state.new_run()?;
+    let dir = state.new_run()?;
     let rootfs = tokio::task::block_in_place(|| {
         let tree = Arc::clone(&prepared.tree);
         let rootfs =
-            RootFs::mount(&dir, tree, prepared.hot_pages(None), prepared.cold_source(), &Handle::current())?;
+            RootFs::mount(dir, tree, prepared.hot_pages(None), prepared.cold_source(), &Handle::current())?;
         if let Some(injector) = rootfs.inject()? {
             injector.join().map_err(|e| at(rootfs.path(), e))?;
         }

@@ -45,6 +45,8 @@ pub struct StartReport {
     pub pages_awaited: u64,
     /// Bytes of page data on the wire (compressed).
     pub bytes_fetched: u64,
+    /// Bytes of everything that was received until ready: page data, metadata, layers, without protocol headers.
+    pub bytes_received: u64,
     /// Requests for page data.
     pub data_requests: u64,
     /// Requests for manifests, configuration and metadata.

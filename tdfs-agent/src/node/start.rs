@@ -1,10 +1,10 @@
 //! One start, from the reference to ready.
 //!
 //! ```text
-//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone
-//!                  |        fetched: wait for all \      / streaming: at once
-//!                  +----------------------------------+--> EROFS + cold device -> overlay -> container runs -> ready
-//!                                                                 \-> inject into the kernel's page cache what is there
+//! runc boots -------------------------------------------------------------------\
+//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone         |
+//!                  |        fetched: wait for all \      / streaming: at once    |
+//!                  +----------------------------------+--> container.rs: mounts --+--> container runs -> ready
 //! ```
 //!
 //! [`StartMode`] says which way a start takes. Nothing looks at the image before its pages are there or, streaming, wait
@@ -17,18 +17,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tdfs_common::page::PAGE_SIZE;
-use tokio::runtime::Handle;
 
+use super::container::{Container, Created, Making};
 use super::fetching::{Fetching, Rest};
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::timeline::{Moments, Recording, Stages};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{Arrivals, ImageLayers, Progress, SourceUse, bytes_missing};
+use crate::fetch::{ImageLayers, Progress, SourceUse, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
-use crate::record::sandbox::{Accounts, Exit, Forward, Network, Sandbox, SandboxSpec, Workload};
-use crate::record::{Probe, Readiness};
-use crate::rootfs::{Injector, Overlay, RootFs};
+use crate::record::Probe;
+use crate::record::sandbox::{Exit, Forward, Launch, Network, Sandbox};
 
 /// A container is created and started in about this time: a fetch that takes no longer is not worth the detour of its
 /// pages through FUSE.
@@ -92,23 +91,6 @@ pub struct Running {
     resolved: Resolved,
 }
 
-/// A container and everything below it, in the order in which it ends.
-struct Container {
-    sandbox: Sandbox,
-    overlay: Overlay,
-    injector: Option<Injector>,
-    rootfs: RootFs,
-}
-
-/// A container, and who tells when it is ready.
-struct Created {
-    container: Container,
-    readiness: Option<Readiness>,
-    begin: Instant,
-    mount_ms: f64,
-    create_ms: f64,
-}
-
 /// Starts a container and waits until it is ready.
 pub async fn start(
     state: &State,
@@ -121,6 +103,8 @@ pub async fn start(
     let mut report = StartReport::default();
     let mut stages = Stages::new(begin);
     let moments = options.events.then(|| Moments::new(begin));
+    let run = state.new_run()?;
+    let launch = Launch::run(&run.id(), &run.path().join("bundle"), &state.runc())?;
     let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
     let pages = std::mem::take(&mut resolved.pages);
     let (sources, answers) = (pages.sources(), pages.answers());
@@ -184,9 +168,9 @@ pub async fn start(
         if let Some(fetching) = fetching.as_mut().filter(|_| !streaming) {
             fetching.done().await.map_err(|e| (e, None))?;
         }
-        let (arrivals, moments) = (arrivals.as_ref(), moments.as_ref());
-        let creating = create(state, &resolved, &prepared, options, probe.as_ref(), arrivals, moments);
-        let created = creating.await.map_err(|e| (e, None))?;
+        let (probe, arrivals, moments) = (probe.as_ref(), arrivals.as_ref(), moments.as_ref());
+        let making = Making { resolved: &resolved, prepared: &prepared, options, probe, arrivals, moments };
+        let created = making.create(run, launch).await.map_err(|e| (e, None))?;
         let Created { container, readiness, begin: creating, mount_ms, create_ms } = created;
         let begun = Instant::now();
         let running = async {
@@ -249,7 +233,8 @@ pub async fn start(
             (report.pages_fetched, report.bytes_fetched) = (stats.pages_fetched, stats.bytes_fetched);
         }
     }
-    report.metadata_requests = resolved.requests().metadata_requests;
+    let asked = resolved.requests();
+    (report.metadata_requests, report.bytes_received) = (asked.metadata_requests, asked.bytes_received);
     if fetching.is_none() {
         // An answer without pages was about metadata.
         report.metadata_requests += answers;
@@ -273,55 +258,6 @@ pub async fn start(
         .map(|m| m.recording(reference.to_string(), &report, stages, Arc::clone(&prepared.tree), service));
     let recording = recording.map(Arc::new);
     Ok(Running { report, recording, container, fetching, layers: prepared.layers, resolved })
-}
-
-/// Mounts the image, starts the injection and runs the container. The zone is complete or becomes so with `arrivals`: runc
-/// itself reads files of the image, so a page that is not there must not be a hole of the zone even before the
-/// container's process starts.
-async fn create(
-    state: &State,
-    resolved: &Resolved,
-    prepared: &Prepared,
-    options: &StartOptions,
-    probe: Option<&Probe>,
-    arrivals: Option<&Arc<Arrivals>>,
-    moments: Option<&Moments>,
-) -> Result<Created, NodeError> {
-    let begin = Instant::now();
-    let (id, dir) = state.new_run()?;
-    let rootfs = tokio::task::block_in_place(|| {
-        let tree = Arc::clone(&prepared.tree);
-        let hot = prepared.hot_pages(arrivals);
-        RootFs::mount(&dir, tree, hot, prepared.cold_source(), &Handle::current())
-    })?;
-    if let Some(moments) = moments {
-        rootfs.log_reads(Arc::clone(&moments.reads));
-    }
-    let injector = rootfs.inject()?;
-    let overlay = Overlay::mount(rootfs.path(), &dir.join("container"))?;
-    let readiness = probe.map(|probe| Readiness::prepare(probe, &rootfs, overlay.path())).transpose()?;
-    let mount_ms = ms(begin);
-
-    let creating = Instant::now();
-    let recorded = prepared.hot.as_ref().and_then(|(service, _)| service.args.as_deref());
-    let (passwd, group) = prepared.accounts(&resolved.image).await?;
-    let spec = SandboxSpec {
-        id: &id,
-        bundle: &dir.join("bundle"),
-        runc_root: &state.runc(),
-        rootfs: overlay.path(),
-        workload: Workload {
-            configuration: &resolved.image.configuration,
-            args: options.args.as_deref().or(recorded),
-            accounts: Accounts { passwd: &passwd, group: &group },
-            network: options.network,
-        },
-        forward: options.forward,
-        on_line: readiness.as_ref().and_then(Readiness::on_line),
-    };
-    let sandbox = Sandbox::run(spec).await?;
-    let container = Container { sandbox, overlay, injector, rootfs };
-    Ok(Created { container, readiness, begin, mount_ms, create_ms: ms(creating) })
 }
 
 impl Running {
@@ -349,27 +285,6 @@ impl Running {
             tracing::warn!("the cold pages are not durable: {error}");
         }
         self.resolved.remembered().await;
-        exit
-    }
-}
-
-impl Container {
-    async fn end(self) -> Option<Exit> {
-        let exit = match self.sandbox.delete().await {
-            Ok(exit) => Some(exit),
-            Err(error) => {
-                tracing::warn!("{error}");
-                None
-            }
-        };
-        let removed = tokio::task::block_in_place(|| {
-            drop(self.injector);
-            let removed = self.overlay.unmount();
-            removed.and(self.rootfs.unmount())
-        });
-        if let Err(error) = removed {
-            tracing::warn!("{error}");
-        }
         exit
     }
 }

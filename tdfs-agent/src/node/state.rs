@@ -17,8 +17,10 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::NodeError;
+use crate::rootfs::RunDir;
 
 /// Paths below one state directory.
 #[derive(Clone, Debug)]
@@ -57,11 +59,10 @@ impl State {
         self.root.join("runc")
     }
 
-    /// A name for a new run, unique on this machine.
-    pub fn new_run(&self) -> Result<(String, PathBuf), NodeError> {
+    /// A new run directory; its name is unique on this machine.
+    pub fn new_run(&self) -> Result<Arc<RunDir>, NodeError> {
         let err = |source: io::Error| NodeError::State { path: self.runs(), source };
         let dir = tempfile::Builder::new().prefix("tdfs-").tempdir_in(self.runs()).map_err(err)?.keep();
-        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok((name, dir))
+        Ok(Arc::new(RunDir::create(&dir).map_err(err)?))
     }
 }

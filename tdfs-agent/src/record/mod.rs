@@ -41,7 +41,7 @@ use tdfs_common::tree::{Body, Inode, Tree};
 
 use crate::rootfs::{Overlay, RootFs, RootfsError};
 use order::PageRun;
-use sandbox::{Accounts, Forward, Network, Sandbox, SandboxError, SandboxSpec, Workload};
+use sandbox::{Accounts, Forward, Launch, Network, Sandbox, SandboxError, SandboxSpec, Workload};
 
 pub use oracle::Oracle;
 pub use probe::{HttpProbe, Probe, ProbeError};
@@ -133,10 +133,9 @@ pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
         Some(tracer) => Readiness::prepare_traced(input.probe, target, rootfs, tracer)?,
         None => Readiness::prepare(input.probe, rootfs, overlay.path())?,
     };
-    let sandbox = Sandbox::create(SandboxSpec {
-        id: input.id,
-        bundle: &rootfs.dir().join(format!("{}.bundle", input.id)),
-        runc_root: input.runc_root,
+    let bundle = rootfs.dir().join(format!("{}.bundle", input.id));
+    let launch = Launch::create(input.id, &bundle, input.runc_root)?;
+    let spec = SandboxSpec {
         rootfs: overlay.path(),
         workload: Workload {
             configuration: input.configuration,
@@ -146,8 +145,8 @@ pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
         },
         forward: input.forward,
         on_line: readiness.on_line(),
-    })
-    .await?;
+    };
+    let sandbox = launch.finish(spec).await?;
     let ready = run(&sandbox, readiness, tracer.as_mut(), input.timeout).await;
     let recording = match ready {
         Ok(moments) => tokio::task::block_in_place(|| finish(&input, moments, tracer)),

@@ -121,14 +121,14 @@ pub struct RootFs {
     cold: Arc<ColdDevice>,
     // Dropped in this order, behind the unmount.
     _server: fuse::Server,
-    dir: RunDir,
+    dir: Arc<RunDir>,
 }
 
 impl RootFs {
-    /// Mounts `tree` at `root` in the new run directory `dir`, which must lie on ext4 or xfs, with read-ahead 0. Pages
+    /// Mounts `tree` at `root` in the run directory `dir`, which must lie on ext4 or xfs, with read-ahead 0. Pages
     /// that are not `hot` come from `source`, read by tasks on `runtime`. Does not block on `source`, nor on arrivals.
     pub fn mount(
-        dir: &Path,
+        dir: Arc<RunDir>,
         tree: Arc<Tree>,
         hot: Option<HotPages<'_>>,
         source: Arc<dyn ColdSource>,
@@ -143,7 +143,6 @@ impl RootFs {
         let (present, awaited) = split.transpose()?.unwrap_or_default();
         let metadata = erofs::write(&tree, &present, hot.map_or(0, |h| h.zone_pages))?;
 
-        let dir = RunDir::create(dir).map_err(RootfsError::io(dir))?;
         let failed = RootfsError::io(dir.path());
         let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source, awaited));
         let (server, cold_file) = fuse::serve(Arc::clone(&cold), runtime)?;

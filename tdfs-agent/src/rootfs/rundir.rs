@@ -1,4 +1,4 @@
-//! Run directories: what a process has mounted, and who cleans up when it died.
+//! Run directories: what a process has mounted and started, and who cleans up when it died.
 //!
 //! ```text
 //! run/ID/           a run directory, mode 0700: host users must not reach setuid programs of images
@@ -48,6 +48,11 @@ impl RunDir {
             writeln!(lock, "{} {start}", std::process::id())?;
             return Ok(Self { path, _lock: lock });
         }
+    }
+
+    /// Its name, unique among the run directories beside it.
+    pub fn id(&self) -> std::borrow::Cow<'_, str> {
+        self.path.file_name().unwrap_or_default().to_string_lossy()
     }
 
     /// The directory, canonical.

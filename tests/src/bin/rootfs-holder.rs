@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use tdfs_agent::rootfs::{ColdSource, Overlay, RootFs};
+use tdfs_agent::rootfs::{ColdSource, Overlay, RootFs, RunDir};
 use tdfs_tests::synthetic::{Synthetic, Zone};
 
 struct Hang;
@@ -30,7 +30,8 @@ async fn main() -> Result<()> {
     let source: Arc<dyn ColdSource> =
         if arguments.get(2).is_some() { Arc::new(Hang) } else { Arc::new(layers) };
     let runtime = tokio::runtime::Handle::current();
-    let rootfs = RootFs::mount(&dir.join("held"), Arc::new(tree), Some(zone.hot()), source, &runtime)?;
+    let held = Arc::new(RunDir::create(&dir.join("held"))?);
+    let rootfs = RootFs::mount(held, Arc::new(tree), Some(zone.hot()), source, &runtime)?;
     let _overlay = Overlay::mount(rootfs.path(), &rootfs.dir().join("container"))?;
     println!("mounted");
     std::io::stdout().flush()?;

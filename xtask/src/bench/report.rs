@@ -1,4 +1,7 @@
 //! The results as JSON, as a Markdown table and as a page.
+//!
+//! Two columns check the others. *÷ floor* below 1 would mean that something is measured wrong. *÷ told* is what passed the
+//! link next to what the program says it received: above 1 by headers, acknowledgements and handshakes, never below.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -31,11 +34,15 @@ struct Row<'a> {
     method: &'a str,
     ready: Vec<f64>,
     bytes: Vec<f64>,
+    /// Next to what the program says.
+    told: Vec<f64>,
     packets: Vec<f64>,
     requests: Vec<f64>,
     memory: Vec<f64>,
     failed: usize,
     floor: f64,
+    /// Bytes of the pages that are read until ready.
+    touched: f64,
 }
 
 impl Results {
@@ -52,6 +59,8 @@ impl Results {
             "quartiles",
             "÷ floor",
             "MB received",
+            "÷ told",
+            "÷ touched",
             "packets",
             "requests",
             "MB of memory",
@@ -70,6 +79,8 @@ impl Results {
                     ),
                     shown(median(&row.ready) / row.floor, 2),
                     shown(median(&row.bytes) / 1e6, 1),
+                    shown(median(&row.told), 3),
+                    shown(median(&row.bytes) / row.touched, 2),
                     whole(&row.packets),
                     whole(&row.requests),
                     shown(median(&row.memory) / 1e6, 0),
@@ -104,11 +115,13 @@ impl Results {
                     method: &sample.method,
                     ready: Vec::new(),
                     bytes: Vec::new(),
+                    told: Vec::new(),
                     packets: Vec::new(),
                     requests: Vec::new(),
                     memory: Vec::new(),
                     failed: 0,
                     floor: self.floor(&sample.image, rate),
+                    touched: self.touched(&sample.image),
                 });
                 rows.len() - 1
             });
@@ -119,6 +132,8 @@ impl Results {
             };
             row.ready.push(start.ready_ms);
             row.bytes.push(sample.link_bytes as f64);
+            let told = start.report.as_ref().and_then(|r| r["bytes_received"].as_f64());
+            row.told.extend(told.filter(|bytes| *bytes > 0.0).map(|bytes| sample.link_bytes as f64 / bytes));
             row.packets.push(sample.link_packets as f64);
             row.memory.extend(start.memory.map(|bytes| bytes as f64));
             row.requests.extend(start.report.as_ref().and_then(requests));
@@ -140,6 +155,14 @@ impl Results {
             (bytes > 0.0).then_some(bytes * 8000.0 / rate.bits as f64)
         });
         warm.max(wire)
+    }
+
+    /// Bytes of the pages that the recorded start of `image` touched, uncompressed: what I/O amplification is relative to.
+    /// NaN where nobody told.
+    fn touched(&self, image: &str) -> f64 {
+        let mine = self.samples.iter().filter(|s| s.image == image);
+        let pages = mine.filter_map(|s| s.start.as_ref()?.report.as_ref()?["pages_needed"].as_f64());
+        median(&pages.map(|pages| pages * 4096.0).collect::<Vec<_>>())
     }
 
     /// A page without anything from elsewhere: the table as bars.
@@ -232,7 +255,10 @@ mod tests {
         let start = |ready_ms| Start {
             ready_ms,
             memory: None,
-            report: Some(json!({ "bytes_fetched": fetched, "metadata_requests": 1, "data_requests": 2 })),
+            report: Some(json!({
+                "bytes_fetched": fetched, "bytes_received": 1_200_000, "pages_needed": 1000, "metadata_requests": 1,
+                "data_requests": 2,
+            })),
         };
         Sample {
             image: "a".into(),
@@ -260,7 +286,9 @@ mod tests {
         // A million bytes at a million bytes per second.
         assert!((rows[1].floor - 1000.0).abs() < 1e-6);
         let table = results.table().to_string();
-        assert!(table.contains("2500") && table.contains("2.50"), "{table}");
+        for shown in ["2500", "2.50", "1.250", "0.37"] {
+            assert!(table.contains(shown), "{shown}: {table}");
+        }
         assert!(results.page().contains("1 failed") && results.page().contains("m&lt;"));
     }
 }

@@ -1,7 +1,7 @@
 //! A container under runc.
 //!
 //! ```text
-//! create   runc makes namespaces, cgroup and mounts; the process waits before its first instruction
+//! create   runc makes namespaces, cgroup and mounts; the process waits before its first instruction   (launch.rs)
 //! start    the process runs; `run` is both at once
 //! pause    the cgroup freezer stops it, all of it
 //! ```
@@ -13,10 +13,10 @@
 
 mod accounts;
 mod bundle;
+mod launch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +32,7 @@ use tokio::sync::watch;
 
 pub use accounts::{Accounts, Identity};
 pub use bundle::Workload;
+pub use launch::Launch;
 
 /// Longest line that is looked at as a whole, bytes.
 const LINE_MAX: usize = 64 << 10;
@@ -112,14 +113,8 @@ pub enum Forward {
 /// Called with every line of output, without its end, in the order of each stream.
 pub type OnLine = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
-/// What [`Sandbox::create`] and [`Sandbox::run`] need.
+/// What a container is made of.
 pub struct SandboxSpec<'a> {
-    /// Unique on this machine; also the host name.
-    pub id: &'a str,
-    /// Directory for `config.json`, made if missing.
-    pub bundle: &'a Path,
-    /// runc's state.
-    pub runc_root: &'a Path,
     /// The mounted, writable root file system.
     pub rootfs: &'a Path,
     /// What to run.
@@ -130,7 +125,7 @@ pub struct SandboxSpec<'a> {
     pub on_line: Option<OnLine>,
 }
 
-/// A container; [`delete`](Sandbox::delete) it.
+/// A container, made by [`Launch`]; [`delete`](Sandbox::delete) it.
 pub struct Sandbox {
     id: String,
     bundle: PathBuf,
@@ -142,82 +137,6 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes the container without starting its process.
-    pub async fn create(spec: SandboxSpec<'_>) -> Result<Self, SandboxError> {
-        Self::make(spec, "create", &["create"]).await
-    }
-
-    /// Makes the container and starts its process, which is faster than one after the other.
-    pub async fn run(spec: SandboxSpec<'_>) -> Result<Self, SandboxError> {
-        Self::make(spec, "run", &["run", "--detach"]).await
-    }
-
-    async fn make(
-        spec: SandboxSpec<'_>,
-        name: &'static str,
-        arguments: &[&str],
-    ) -> Result<Self, SandboxError> {
-        // Minimum kernel version 3.4.
-        nix::sys::prctl::set_child_subreaper(true).map_err(|e| SandboxError::Runc(e.into()))?;
-        for dir in [spec.bundle, spec.runc_root] {
-            std::fs::create_dir_all(dir).map_err(SandboxError::io(dir))?;
-        }
-        let config = spec.bundle.join("config.json");
-        let runtime_spec = bundle::spec(spec.id, spec.rootfs, &spec.workload)?;
-        runtime_spec.save(&config).map_err(|e| SandboxError::Configuration(e.to_string()))?;
-
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let pid_file = spec.bundle.join("pid");
-        let (stdout, stdout_write) = pipe()?;
-        let (stderr, stderr_write) = pipe()?;
-        let mut command = runc(spec.runc_root);
-        command.arg("--log").arg(spec.bundle.join("runc.log")).args(arguments);
-        command.arg("--bundle").arg(spec.bundle);
-        command.arg("--pid-file").arg(&pid_file).arg(spec.id);
-        command.stdin(Stdio::null()).stdout(stdout_write).stderr(stderr_write);
-        let status = command.status().await;
-        // The command keeps our copies of the write ends open: without this the pipes would never end.
-        drop(command);
-        let created = match status {
-            Ok(status) => status.success(),
-            Err(e) => return Err(SandboxError::Runc(e)),
-        };
-        if !created {
-            let log = std::fs::read_to_string(spec.bundle.join("runc.log")).unwrap_or_default();
-            let _ = remove_leftover(spec.runc_root, spec.id).await;
-            let _ = std::fs::remove_dir_all(spec.bundle);
-            return Err(SandboxError::Refused { command: name, message: message(&log) });
-        }
-        let forward = spec.forward == Forward::Stdout;
-        let mut readers = Vec::new();
-        for (pipe, to_stdout) in [(stdout, forward), (stderr, false)] {
-            let reader = tokio::net::unix::pipe::Receiver::from_owned_fd(pipe).map_err(SandboxError::Runc)?;
-            let writer: Box<dyn AsyncWrite + Send + Unpin> =
-                if to_stdout { Box::new(tokio::io::stdout()) } else { Box::new(tokio::io::stderr()) };
-            readers.push(tokio::spawn(pump(reader, writer, spec.on_line.clone(), Arc::clone(&tail))));
-        }
-        let text = std::fs::read_to_string(&pid_file).map_err(SandboxError::io(&pid_file))?;
-        let pid = text
-            .trim()
-            .parse()
-            .map_err(|_| SandboxError::Configuration(format!("runc wrote pid {text:?}")))?;
-        let init = Pid::from_raw(pid);
-        let (sender, exit) = watch::channel(None);
-        tokio::task::spawn_blocking(move || {
-            let _ = sender.send(Some(wait(init)));
-        });
-        let bundle = spec.bundle.to_owned();
-        Ok(Self {
-            id: spec.id.to_owned(),
-            bundle,
-            runc_root: spec.runc_root.to_owned(),
-            init,
-            exit,
-            tail,
-            readers,
-        })
-    }
-
     /// Lets the process run.
     pub async fn start(&self) -> Result<(), SandboxError> {
         self.runc(&["start"], &[]).await
@@ -328,10 +247,6 @@ fn message(log: &str) -> String {
     let line = log.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("no reason given");
     let start = line.find("msg=\"").map_or(0, |at| at + 5);
     line[start..].trim_end_matches('"').to_owned()
-}
-
-fn pipe() -> Result<(OwnedFd, OwnedFd), SandboxError> {
-    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| SandboxError::Runc(e.into()))
 }
 
 fn wait(init: Pid) -> Exit {
