@@ -160,9 +160,39 @@ fn a_recording_and_a_start_in_a_browser() -> Result<()> {
     let colours = browser::colours(page.as_ref(), &picture)?;
     ensure!(colours > 50, "{colours} colours");
 
+    every_control(&text, served.dir.path())?;
     perfetto(&served, &events)?;
     refusals(&served)?;
     hostile(&served, events)
+}
+
+/// Whatever can be pointed at and clicked works, without the policy that keeps any other script out.
+fn every_control(page: &str, directory: &Path) -> Result<()> {
+    const VISITOR: &str = "
+        let pointed = 0;
+        const point = () => document.querySelectorAll('svg *').forEach((target, n) => {
+            if (n % 9) return;
+            target.dispatchEvent(new PointerEvent('pointermove', { bubbles: true, clientX: 300, clientY: 300 }));
+            pointed += document.getElementById('tip').hidden ? 0 : 1;
+        });
+        point();
+        for (const button of document.querySelectorAll('button')) { button.click(); point(); }
+        const folders = document.querySelectorAll('svg .folder').length;
+        document.querySelector('svg .folder').dispatchEvent(new MouseEvent('click', { bubbles: true }));
+        const opened = document.querySelectorAll('.crumbs button').length;
+        document.querySelectorAll('details').forEach((folded) => { folded.open = true; });
+        document.body.dataset.visited = [pointed > 200, folders > 10, opened > 1].join();";
+    let (before, policy) = page.split_once("<meta http-equiv").context("a policy")?;
+    let (_, after) = policy.split_once(">\n").context("the policy ends")?;
+    let visited = directory.join("visited.html");
+    fs::write(
+        &visited,
+        format!("{before}{}", after.replace("</body>", &format!("<script>{VISITOR}</script></body>"))),
+    )?;
+    let document = drawn(&visited)?;
+    let (_, said) = document.split_once("data-visited=\"").context("the visitor did not come to its end")?;
+    ensure!(said.starts_with("true,true,true\""), "{said:.40}");
+    Ok(())
 }
 
 /// The trace has every stage, as long as it was, inside the start.

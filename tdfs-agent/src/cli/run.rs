@@ -70,7 +70,8 @@ fn save(events: Option<&(File, Arc<Recording>)>) -> anyhow::Result<()> {
     let Some((mut file, recording)) = events.map(|(file, recording)| (file, recording)) else {
         return Ok(());
     };
-    let bytes = serde_json::to_vec(&recording.timeline())?;
+    // It lists the paths of the image: meanwhile others serve the container.
+    let bytes = tokio::task::block_in_place(|| serde_json::to_vec(&recording.timeline()))?;
     let written =
         file.rewind().and_then(|()| file.write_all(&bytes)).and_then(|()| file.set_len(bytes.len() as u64));
     written.context("cannot write the events")

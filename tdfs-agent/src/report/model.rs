@@ -96,8 +96,11 @@ impl Start {
         if !times.all(|ms| (0.0..4e12).contains(&ms)) {
             return wrong("a time that is none");
         }
-        if timeline.stages.len() > POINTS_MAX || timeline.arrivals.samples.len() > POINTS_MAX {
-            return wrong("more stages or samples than a start has");
+        if files > 2 * POINTS_MAX
+            || timeline.stages.len() > POINTS_MAX
+            || timeline.arrivals.samples.len() > POINTS_MAX
+        {
+            return wrong("more files, stages or samples than a start has");
         }
         if !timeline.arrivals.samples.is_sorted_by(|a, b| a.ms <= b.ms) {
             return wrong("samples out of order");

@@ -79,8 +79,6 @@ pub struct ServiceSummary {
     pub manifest: Digest,
     /// The readiness probe.
     pub ready: String,
-    /// Arguments in place of the image's.
-    pub args: Option<Vec<String>>,
     /// Files.
     pub files: u64,
     /// File pages.
@@ -313,7 +311,6 @@ impl ServiceSummary {
             group: service.group.clone(),
             manifest,
             ready: service.ready.clone(),
-            args: service.args.clone(),
             files: files.len() as u64,
             file_pages: service.file_pages(),
             zone_pages: service.needed().count(),

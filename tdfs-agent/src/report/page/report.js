@@ -85,10 +85,25 @@
   };
   const part = (title) => main.append(h('h2', { class: 'part' }, title));
   const tiles = (list) => main.append(h('dl', { class: 'tiles' }, list.map(([label, value, detail, id, lead]) => h('div', { class: lead ? 'tile lead' : 'tile' }, h('dt', {}, label), h('dd', { class: 'value', id }, value), h('dd', { class: 'detail' }, detail)))));
-  const table = (caption, columns, rows) => h('div', { class: 'scroll' }, h('table', {},
-    caption && h('caption', {}, caption),
-    h('thead', {}, h('tr', {}, columns.map((c) => h('th', { scope: 'col', class: c.number && 'number' }, c.title)))),
-    h('tbody', {}, rows.map((row) => h('tr', { class: row.rest && 'rest' }, columns.map((c) => h('td', { class: c.class || (c.number && 'number') }, c.cell(row))))))));
+  /// A table; lines beyond the first ones wait for a click, the one that sums up the others is always there.
+  const table = (caption, columns, rows, state = {}) => {
+    const few = 14;
+    const line = (row) => h('tr', { class: row.rest && 'rest' }, columns.map((c) => h('td', { class: c.class || (c.number && 'number') }, c.cell(row))));
+    const body = h('tbody', {});
+    const hidden = () => (state.all || rows.length <= few + 2 ? 0 : rows.filter((row, n) => n >= few && !row.rest).length);
+    const show = () => {
+      const left = hidden();
+      body.replaceChildren(...rows.filter((row, n) => !left || n < few || row.rest).map(line));
+      more.hidden = !left;
+      more.textContent = `Show ${count(left)} more`;
+    };
+    const more = h('button', { type: 'button', class: 'more', on: { click: () => { state.all = true; show(); } } });
+    show();
+    return h('div', { class: 'scroll' }, h('table', {},
+      caption && h('caption', {}, caption),
+      h('thead', {}, h('tr', {}, columns.map((c) => h('th', { scope: 'col', class: c.number && 'number' }, c.title)))),
+      body), more);
+  };
   const folded = (title, ...children) => h('details', {}, h('summary', {}, title), ...children);
   const choice = (label, options, chosen, choose) => {
     const buttons = options.map(([value, text]) => h('button', { type: 'button', 'aria-pressed': String(value === chosen), on: { click: () => {
@@ -140,7 +155,7 @@
       const x = (at) => left + (span * Math.min(at, end)) / end;
       const content = [];
       const row = 24;
-      let y = 8;
+      let y = 22;
       const top = y;
       for (const stage of timeline.stages) {
         const from = x(stage.begin_ms);
@@ -213,8 +228,9 @@
       for (const t of axis) content.push(s('text', { x: x(t), y: y + 17, 'text-anchor': 'middle', class: 'soft' }, count(t)));
       content.push(s('text', { x: left, y: y + 35, class: 'soft' }, 'milliseconds since the command began'));
       if (ready > 0) {
-        content.push(s('line', { x1: x(ready), x2: x(ready), y1: top - 6, y2: y, class: 'ready' }));
-        content.push(s('text', { x: x(ready) - 4, y: y + 35, 'text-anchor': 'end', class: 'ready' }, `ready at ${ms(ready)}`));
+        content.push(s('line', { x1: x(ready), x2: x(ready), y1: top - 10, y2: y, class: 'ready' }));
+        const early = x(ready) < left + 110;
+        content.push(s('text', { x: x(ready) + (early ? 5 : -5), y: top - 6, 'text-anchor': early ? 'start' : 'end', class: 'ready' }, `ready at ${ms(ready)}`));
       }
       return { height: y + 42, content };
     });
@@ -239,14 +255,20 @@
     const report = timeline.start;
     const number = (field) => Number(report[field]) || 0;
     part(recording ? 'The start' : '');
-    tiles([
-      ['ready after', ms(number('total_ms')), `${report.start_mode}: ${report.start_reason}`, 'total_ms', true],
+    const lead = ['ready after', ms(number('total_ms')), `${report.start_mode}: ${report.start_reason}`, 'total_ms', true];
+    const coldPages = ['cold pages', count(number('cold_pages')), `in ${plural(number('cold_requests'), 'read')} before ready`, 'cold_pages'];
+    tiles(!report.service ? [
+      lead,
+      ['layers fetched', bytes(number('layer_bytes')), `compressed, ${plural(number('data_requests'), 'request')}`, 'layer_bytes'],
+      coldPages,
+    ] : [
+      lead,
       ['pages needed', count(number('pages_needed')), `${bytes(number('pages_needed') * 4096)} uncompressed`, 'pages_needed'],
       ['on the node before', count(number('pages_present')), percent(number('pages_present'), number('pages_needed')), 'pages_present'],
       ['fetched', count(number('pages_fetched')), `${bytes(number('bytes_fetched'))} compressed, ${plural(number('data_requests'), 'request')}`, 'pages_fetched'],
       ['still on the wire', count(number('pages_awaited')), 'pages, when it was ready', 'pages_awaited'],
       ['waited for', ms(number('waited_ms')), `${plural(number('waited_requests'), 'read')}, all together`, 'waited_ms'],
-      ['cold pages', count(number('cold_pages')), `in ${plural(number('cold_requests'), 'read')} before ready`, 'cold_pages'],
+      coldPages,
     ]);
     clock({ timeline });
     const kinds = (report.service ? [
@@ -259,7 +281,7 @@
       const sum = (field) => reads.reduce((all, r) => all + r[field], 0);
       return { phase, kind, reads: reads.length, pages: sum('pages'), took: sum('took_ms') };
     })).filter((r) => r.reads > 0);
-    const coldSection = section('cold', 'What was cold, and why', 'Reads of pages that are not in the runtime image came from the image’s own layers, on demand. A runtime image holds what the recorded start read until it was ready; what a service reads later is cold the first time.');
+    const coldSection = section('cold', 'What was cold, and why', report.service ? 'Reads of pages that are not in the runtime image came from the image’s own layers, on demand. A runtime image holds what the recorded start read until it was ready; what a service reads later is cold the first time.' : 'Without a runtime image every page comes from the layers when it is read for the first time.');
     if (reasons.length) {
       const most = Math.max(...reasons.map((r) => r.pages));
       coldSection.append(table('', [
@@ -267,16 +289,16 @@
         { title: 'pages', number: true, cell: (r) => count(r.pages) }, { title: 'reads', number: true, cell: (r) => count(r.reads) }, { title: 'took together', number: true, cell: (r) => ms(r.took) },
       ], reasons), h('p', { class: 'note' }), readTable(timeline, cold, [
         { title: 'layer', cell: (r) => (r.file === null ? '' : layerName(timeline.files[r.file].layer)) },
-        { title: 'recorded pages of it', number: true, cell: (r) => (r.file === null ? '' : `${count(timeline.files[r.file].recorded_pages)} of ${count(timeline.files[r.file].pages)}`) },
+        ...(report.service ? [{ title: 'recorded pages of it', number: true, cell: (r) => (r.file === null ? '' : `${count(timeline.files[r.file].recorded_pages)} of ${count(timeline.files[r.file].pages)}`) }] : []),
         { title: 'before ready', number: true, cell: (r) => count(r.before_ready) },
       ]));
       if (timeline.cold.lost) coldSection.append(h('p', { class: 'foot' }, `${plural(timeline.cold.lost, 'read')} more are in the sums of the last line and not drawn.`));
     } else coldSection.append(h('p', { class: 'empty' }, `Nothing was cold until ${ms(timeline.until_ms)}.`));
-    const waitSection = section('waits', 'What was waited for', 'Reads of pages of the runtime image that came before the pages. Each overtook everything else on the wire.');
-    if (waits.length) {
+    const waitSection = report.service && section('waits', 'What was waited for', 'Reads of pages of the runtime image that came before the pages. Each overtook everything else on the wire.');
+    if (waitSection && waits.length) {
       waitSection.append(readTable(timeline, waits, [{ title: 'before ready', number: true, cell: (r) => count(r.before_ready) }]));
       if (timeline.waits.lost) waitSection.append(h('p', { class: 'foot' }, `${plural(timeline.waits.lost, 'read')} more are in the sums of the last line and not drawn.`));
-    } else waitSection.append(h('p', { class: 'empty' }, 'No read waited for a page on the wire.'));
+    } else if (waitSection) waitSection.append(h('p', { class: 'empty' }, 'No read waited for a page on the wire.'));
     const sources = Array.isArray(report.sources) ? report.sources : [];
     if (sources.length) {
       section('sources', 'Where the pages came from', 'In the order in which the sources were used; a source that failed was left for the next.', table('', [
@@ -290,7 +312,7 @@
 
   let column = 0;
   const columnListeners = [];
-  const columnChoice = () => (recording.columns.length > 1 ? h('p', { class: 'controls' }, choice('Touched by', [[0, 'any service'], ...recording.columns.map((name, n) => [n + 1, name])], column, (value) => {
+  const columnChoice = () => (recording.columns.length > 1 ? h('p', { class: 'controls columns' }, choice('Touched by', [[0, 'any service'], ...recording.columns.map((name, n) => [n + 1, name])], column, (value) => {
     column = value;
     columnListeners.forEach((listen) => listen());
   })) : '');
@@ -356,7 +378,9 @@
           content.push(s('rect', { ...box, css: { fill: heat(share) } }));
           const text = w > 40 && t > 16 ? fitted(name(n), w - 8) : '';
           if (text) content.push(s('text', { x: x + 4, y: y + 13, class: share > 0.45 ? 'inside light' : 'inside' }, text));
-          if (text && t > 34 && w > 60) content.push(s('text', { x: x + 4, y: y + 27, class: share > 0.45 ? 'inside light' : 'inside soft' }, `${percent(node.touched[column], node.bytes)} of ${bytes(node.bytes)}`.slice(0, Math.floor((w - 8) / 6.6))));
+          const part = percent(node.touched[column], node.bytes);
+          const facts = [`${part} of ${bytes(node.bytes)}`, part].find((fact) => fact.length * 6.6 < w - 8);
+          if (text && facts && t > 34) content.push(s('text', { x: x + 4, y: y + 27, class: share > 0.45 ? 'inside light' : share > 0.1 ? 'inside' : 'inside soft' }, facts));
           return;
         }
         const head = n === root ? 0 : t > 40 && w > 44 ? 17 : 2;
@@ -379,12 +403,13 @@
     };
     show();
     columnListeners.push(show);
-    section('treemap', 'Touched share by directory and file', 'Area is bytes of files, colour the share of them that was touched until ready. A click on a directory enlarges it.', columnChoice(), crumbs, picture.host, ramp('untouched', 'all touched'), h('p', { class: 'foot' }, `${count(nodes.length)} entries are drawn for ${plural(recording.files, 'file')}; small ones are summed up by directory.`));
+    section('treemap', 'Touched share by directory and file', 'Area is bytes of files, colour the share of them that was touched until ready. A click on a directory enlarges it.', crumbs, picture.host, ramp('untouched', 'all touched'), h('p', { class: 'foot' }, `${count(nodes.length)} entries are drawn for ${plural(recording.files, 'file')}; small ones are summed up by directory.`));
   };
 
   const live = (build) => {
     const host = h('div', {});
-    const draw = () => host.replaceChildren(build());
+    const state = {};
+    const draw = () => host.replaceChildren(build(state));
     draw();
     columnListeners.push(draw);
     return host;
@@ -396,26 +421,27 @@
   const strip = (text) => (text ? h('span', { class: 'strip', 'aria-hidden': 'true' }, [...text].map((d) => h('b', { css: { background: heat(Number(d) / 9) } }))) : '');
 
   const shares = () => {
-    section('layers', 'Touched share by layer', 'Bytes of files that no layer above hides, from the lowest layer up.', live(() => {
+    section('layers', 'Touched share by layer', 'Bytes of files that no layer above hides, from the lowest layer up.', live((state) => {
       const most = Math.max(1, ...recording.layers.map((l) => l.bytes));
-      const picture = h('div', {}, table('', [
+      return table('', [
         { title: 'layer', cell: (r) => `${r.n + 1}` }, { title: 'blob', cell: (r) => digest(r.digest) }, { title: 'compressed', number: true, cell: (r) => bytes(r.blob_bytes) },
         { title: 'files', number: true, cell: (r) => bytes(r.bytes) },
         { title: '', cell: (r) => h('span', { class: 'meter', css: { width: `${Math.max(0.15, (14 * r.bytes) / most)}rem` } }, h('b', { css: { width: `${r.bytes ? (100 * r.touched[column]) / r.bytes : 0}%` } })) },
         ...shareCells,
-      ], recording.layers.map((l, n) => ({ ...l, n }))));
-      return picture;
+      ], recording.layers.map((l, n) => ({ ...l, n })), state);
     }));
     const rest = (rows) => rows.map((r) => ({ ...r, rest: r.path === null }));
-    section('directories', 'Touched by directory', 'Files directly in the directory; those of which most was touched first.', live(() => table('', [
+    section('directories', 'Touched by directory', 'Files directly in the directory; those of which most was touched first.', live((state) => table('', [
       { title: 'directory', class: 'path', cell: (r) => (r.path === null ? 'all others' : `/${r.path}`) }, { title: 'files', number: true, cell: (r) => count(r.files) },
       { title: 'bytes', number: true, cell: (r) => bytes(r.bytes) }, { title: '', cell: (r) => meter(r.touched[column] / (r.bytes || 1)) }, ...shareCells,
-    ], rest(recording.directories))));
-    section('files', 'Touched by file', 'The strip is the file from its first to its last byte: coloured where any service touched it.', live(() => table('', [
+    ], rest(recording.directories), state)));
+    section('files', 'Touched by file', 'The strip is the file from its first to its last byte: coloured where any service touched it.', live((state) => table('', [
       { title: 'file', class: 'path', cell: (r) => (r.path === null ? `${plural(r.files, 'other file')}` : `/${r.path}`) }, { title: 'layer', cell: (r) => (r.path === null ? '' : layerName(r.layer)) },
       { title: 'bytes', number: true, cell: (r) => bytes(r.bytes) }, { title: 'from first to last byte', cell: (r) => strip(r.strip) }, ...shareCells,
-    ], rest(recording.largest))));
+    ], rest(recording.largest), state)));
   };
+
+  const colours = ['--c2', '--c4', '--c5', '--c1', '--c3', '--c0'];
 
   const zoneMap = (zone, n) => {
     let mode = zone.services.length > 1 ? 'uses' : 'order';
@@ -429,9 +455,9 @@
       const content = zone.uses.map((uses, cell) => {
         const pages = Math.min(zone.cell_pages, zone.pages - cell * zone.cell_pages);
         const own = zone.services[service];
-        const colour = mode === 'uses' ? heat(uses / pages / many) : own.first[cell] === null ? 'var(--none)' : `color-mix(in oklab, var(--all) ${Math.round(100 * (own.first[cell] / last))}%, var(--one))`;
+        const segment = segmentOf(cell * zone.cell_pages);
+        const colour = mode === 'uses' ? heat(uses / pages / many) : mode === 'segment' ? (segment < 0 ? 'var(--none)' : `var(${colours[segment % colours.length]})`) : own.first[cell] === null ? 'var(--none)' : `color-mix(in oklab, var(--all) ${Math.round(100 * (own.first[cell] / last))}%, var(--one))`;
         const begin = cell * zone.cell_pages;
-        const segment = segmentOf(begin);
         return s('rect', { class: 'cell', x: (cell % columns) * size + 0.75, y: Math.floor(cell / columns) * size + 0.75, width: size - 1.5, height: size - 1.5, rx: 2, css: { fill: colour }, tip: () => [
           `zone pages ${count(begin)} to ${count(begin + pages - 1)}`, segment >= 0 ? `segment ${segment + 1}` : 'of no service shown here',
           ...zone.services.map((u) => `${u.service}: ${u.needed[cell] ? `${plural(u.needed[cell], 'page')}, first used after ${percent(u.first[cell], Math.max(1, recording.services.find((x) => x.service === u.service).file_pages))} of the start’s pages` : 'needs nothing'}`)] });
@@ -439,13 +465,15 @@
       return { height: Math.ceil(zone.uses.length / columns) * size + 2, content };
     });
     const keys = h('div', {});
+    const whose = zone.services.length > 1 ? choice('Order of', zone.services.map((u, i) => [i, u.service]), 0, (value) => { service = value; show(); }) : h('span', {});
     const show = () => {
-      keys.replaceChildren(mode === 'uses' ? ramp('no service', many > 1 ? `all ${many} services` : 'needed') : h('p', { class: 'legend' }, h('span', {}, 'used first', h('i', { class: 'ramp', css: { background: 'linear-gradient(90deg in oklab, var(--one), var(--all))' } }), 'used last'), h('span', {}, h('i', { css: { background: 'var(--none)' } }), 'not needed')));
+      whose.hidden = mode !== 'order';
+      keys.replaceChildren(mode === 'segment' ? legend(...zone.segments.slice(0, 6).map((x, i) => [`var(${colours[i]})`, `segment ${i + 1}: ${plural(x.pages, 'page')}, ${bytes(x.bytes)} compressed`]), ['var(--none)', 'of no service shown here']) : mode === 'uses' ? ramp('no service', many > 1 ? `all ${many} services` : 'needed') : h('p', { class: 'legend' }, h('span', {}, 'used first', h('i', { class: 'ramp', css: { background: 'linear-gradient(90deg in oklab, var(--one), var(--all))' } }), 'used last'), h('span', {}, h('i', { css: { background: 'var(--none)' } }), 'not needed')));
       if (picture.host.isConnected) picture.redraw();
     };
     show();
-    const modes = [['uses', 'how many services need it'], ['order', 'order of first use']];
-    const controls = h('p', { class: 'controls' }, choice('Colour', modes, mode, (value) => { mode = value; show(); }), zone.services.length > 1 ? choice('Order of', zone.services.map((u, i) => [i, u.service]), 0, (value) => { service = value; mode = 'order'; show(); }) : '');
+    const modes = [['uses', 'how many services need it'], ['order', 'order of first use'], ['segment', 'segment']];
+    const controls = h('p', { class: 'controls' }, choice('Colour', modes, mode, (value) => { mode = value; show(); }), whose);
     section(n ? `zone-${n}` : 'zone', `Data zone of group ${zone.group}`, `Every page that a service of the group needs lies here once. From left to right and top to bottom; a cell is ${plural(zone.cell_pages, 'page')}. Pages of the same services lie together, inside that in the order of first use, so that a start reads few long runs.`, controls, picture.host, keys, folded('Segments and frames', table('A segment is one blob of frames that are compressed and digested on their own', [
       { title: 'segment', cell: (r) => `${r.n + 1}` }, { title: 'blob', cell: (r) => digest(r.digest) }, { title: 'first page', number: true, cell: (r) => count(r.base) }, { title: 'pages', number: true, cell: (r) => count(r.pages) },
       { title: 'frames', number: true, cell: (r) => count(r.frames) }, { title: 'compressed', number: true, cell: (r) => bytes(r.bytes) }, { title: 'of its pages', number: true, cell: (r) => percent(r.bytes, r.pages * 4096) }, { title: 'services', number: true, cell: (r) => count(r.services) },
@@ -454,7 +482,6 @@
 
   const groupShares = () => {
     const host = section('sharing', 'What services of a group share', 'A page with the same content is stored and fetched once, however many services and files have it.');
-    const colours = ['--c2', '--c4', '--c5', '--c1', '--c3', '--c0'];
     recording.sharing.forEach((group) => {
       const listed = group.sets.reduce((all, set) => all + set.pages, 0);
       const sets = listed < group.unique_pages ? [...group.sets, { pages: group.unique_pages - listed, services: ['other sets of services'] }] : group.sets;
@@ -492,6 +519,7 @@
       ['an empty node fetches', bytes(fetched), `${percent(fetched, recording.image_bytes)} of the image’s ${bytes(recording.image_bytes)}, compressed`, 'frame_bytes'],
       ['services', count(recording.services.length), `in ${plural(recording.sharing.length, 'group')}`, 'services'],
     ]);
+    main.append(columnChoice());
     treemap();
     shares();
     recording.zones.forEach(zoneMap);
