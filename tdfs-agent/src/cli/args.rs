@@ -65,9 +65,9 @@ pub struct Common {
     /// Cache and state directory
     #[arg(long, value_name = "DIR", default_value = "/var/lib/tdfs")]
     pub state: PathBuf,
-    /// Speak plain HTTP to the registry (always so on loopback addresses)
-    #[arg(long)]
-    pub plain_http: bool,
+    /// Speak plain HTTP to the registry, or with =false TLS; left out, plain HTTP on loopback addresses only
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub plain_http: Option<bool>,
     /// Try this registry before the image's own; may be given several times
     #[arg(long, value_name = "URL")]
     pub mirror: Vec<String>,
@@ -334,6 +334,10 @@ pub struct ServeArgs {
     /// Let everybody pull; only pushes and deletions need a user
     #[arg(long, requires = "htpasswd")]
     pub anonymous_pull: bool,
+    /// Give users tokens for what they ask, signed with the key in this file (32 random bytes or more); all servers
+    /// over one root share it
+    #[arg(long, value_name = "FILE", requires = "htpasswd")]
+    pub token_key: Option<PathBuf>,
     /// Speak TLS with the certificates in this PEM file
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,

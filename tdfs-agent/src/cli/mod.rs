@@ -78,7 +78,7 @@ impl Common {
     /// How to reach the registry of `image`.
     fn client(&self, image: &Reference) -> anyhow::Result<ClientOptions> {
         let mut options = ClientOptions {
-            plain_http: self.plain_http.then_some(true),
+            plain_http: self.plain_http,
             auth_file: self.authfile.clone(),
             ca_file: self.ca_file.clone(),
             page_service: self.page_service == args::PageServiceUse::Auto,

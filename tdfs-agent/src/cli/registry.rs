@@ -38,6 +38,7 @@ async fn serve(args: &ServeArgs, json: bool) -> anyhow::Result<ExitCode> {
         tls: args.tls_cert.clone().zip(args.tls_key.clone()),
         htpasswd: args.htpasswd.clone(),
         anonymous_pull: args.anonymous_pull,
+        token_key: args.token_key.clone(),
         patience: args.patience,
     };
     let server = Server::bind(Arc::new(registry), &options).await?;

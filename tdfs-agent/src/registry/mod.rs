@@ -1,8 +1,9 @@
 //! The registry side: an OCI distribution server (specification 1.1) with a page service beside it.
 //!
 //! ```text
-//! client -> serve (limits, TLS, patience) -> observe -> access -> api -> Registry -> Repositories -> Storage: directory or S3 bucket
-//!                                                                   `-> PullThrough -> another registry
+//! client -> serve, patience (limits, TLS) -> observe -> access, token -> api -> Registry
+//! Registry -> Repositories -> Storage: directory or S3 bucket
+//!         `-> PullThrough -> another registry
 //! ```
 //!
 //! Nothing lies in the process: every answer is made from the storage, upload sessions too, so any number of servers
@@ -23,6 +24,7 @@ mod repositories;
 pub mod request;
 mod serve;
 mod storage;
+mod token;
 mod uploads;
 mod upstream;
 

@@ -4,17 +4,21 @@
 //! /v2/                                   /v2/<name>/tags/list
 //! /v2/<name>/manifests/<tag or digest>   /v2/<name>/referrers/<digest>
 //! /v2/<name>/blobs/<digest>              /v2/<name>/blobs/uploads/[<upload>]
+//!
+//! repository:<name>:<action>[,<action>...]                                         what a token is good for
 //! ```
 //!
 //! A name that passed is made of `[a-z0-9._/-]` with no component that begins with a dot or an underscore, so it can
 //! be a part of a key in any storage.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
 use tdfs_common::digest::Digest;
 
 use crate::oci::{is_repository, is_tag};
@@ -39,6 +43,27 @@ pub enum ManifestName {
     Tag(String),
     /// A digest.
     Digest(Digest),
+}
+
+/// What a client may do to a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Read.
+    Pull,
+    /// Add blobs, manifests and tags.
+    Push,
+    /// Delete them.
+    Delete,
+}
+
+/// Things to be done to one repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope {
+    /// The repository.
+    pub name: Name,
+    /// What is done to it.
+    pub actions: BTreeSet<Action>,
 }
 
 /// What a path names.
@@ -142,6 +167,67 @@ impl fmt::Display for ManifestName {
             Self::Tag(tag) => f.write_str(tag),
             Self::Digest(digest) => digest.fmt(f),
         }
+    }
+}
+
+impl Action {
+    const ALL: [Self; 3] = [Self::Pull, Self::Push, Self::Delete];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Pull => "pull",
+            Self::Push => "push",
+            Self::Delete => "delete",
+        }
+    }
+}
+
+impl Scope {
+    /// Some actions on a repository.
+    pub fn new(name: Name, actions: impl IntoIterator<Item = Action>) -> Self {
+        Self { name, actions: actions.into_iter().collect() }
+    }
+
+    /// A scope of a request for a token. `None` for one of something else; actions that are not known are left out,
+    /// and `*` is all of them.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (name, actions) = text.strip_prefix("repository:")?.rsplit_once(':')?;
+        let wanted: Vec<&str> = actions.split(',').collect();
+        let is_wanted = |action: &Action| wanted.contains(&"*") || wanted.contains(&action.as_str());
+        let actions = Action::ALL.into_iter().filter(is_wanted);
+        Some(Self::new(name.parse().ok()?, actions))
+    }
+
+    /// What a request with this method to this path needs, if the path is one.
+    pub fn needed(method: &str, path: &str, mount_from: Option<Name>) -> Vec<Self> {
+        if let Some(name) = path.strip_prefix("/tdfs/v1/").and_then(|rest| rest.strip_suffix("/pages")) {
+            return name.parse().ok().map(|name| Self::new(name, [Action::Pull])).into_iter().collect();
+        }
+        let reads = matches!(method, "GET" | "HEAD");
+        let mut from = None;
+        let (name, action) = match Route::parse(path) {
+            Ok(Route::Tags(name) | Route::Referrers(name, _)) => (name, Action::Pull),
+            Ok(Route::Manifest(name, _) | Route::Blob(name, _)) if reads => (name, Action::Pull),
+            Ok(Route::Manifest(name, _) | Route::Blob(name, _)) if method == "DELETE" => {
+                (name, Action::Delete)
+            }
+            Ok(Route::Manifest(name, _) | Route::Blob(name, _) | Route::Upload(name, _)) => {
+                (name, Action::Push)
+            }
+            Ok(Route::Uploads(name)) => {
+                from = mount_from.map(|name| Self::new(name, [Action::Pull]));
+                (name, Action::Push)
+            }
+            Ok(Route::Base) | Err(_) => return Vec::new(),
+        };
+        std::iter::once(Self::new(name, [action])).chain(from).collect()
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let actions: Vec<&str> = self.actions.iter().map(|a| a.as_str()).collect();
+        write!(f, "repository:{}:{}", self.name, actions.join(","))
     }
 }
 
@@ -255,6 +341,44 @@ mod tests {
     use super::*;
 
     const D: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn scopes() {
+        let parsed = |text: &str| Scope::parse(text).map(|s| s.to_string());
+        for (text, scope) in [
+            ("repository:a/b:push,pull", Some("repository:a/b:pull,push")),
+            ("repository:a:*", Some("repository:a:pull,push,delete")),
+            ("repository:a:fly,pull", Some("repository:a:pull")),
+            ("repository:a:", Some("repository:a:")),
+            ("repository:a", None),
+            ("repository:../a:pull", None),
+            ("registry:catalog:*", None),
+            ("", None),
+        ] {
+            assert_eq!(parsed(text).as_deref(), scope, "{text}");
+        }
+        let upload = "/v2/a/blobs/uploads/00112233445566778899aabbccddeeff";
+        let (blob, manifest) = (format!("/v2/a/blobs/{D}"), "/v2/a/manifests/t");
+        for (method, path, needed) in [
+            ("GET", "/v2/", ""),
+            ("GET", "/nowhere", ""),
+            ("GET", "/v2/a/tags/list", "repository:a:pull"),
+            ("GET", &format!("/v2/a/referrers/{D}"), "repository:a:pull"),
+            ("HEAD", &blob, "repository:a:pull"),
+            ("DELETE", &blob, "repository:a:delete"),
+            ("GET", manifest, "repository:a:pull"),
+            ("PUT", manifest, "repository:a:push"),
+            ("DELETE", manifest, "repository:a:delete"),
+            ("POST", "/v2/a/blobs/uploads/", "repository:a:push repository:c:pull"),
+            ("GET", upload, "repository:a:push"),
+            ("DELETE", upload, "repository:a:push"),
+            ("POST", "/tdfs/v1/a/b/pages", "repository:a/b:pull"),
+        ] {
+            let scopes = Scope::needed(method, path, "c".parse().ok());
+            let scopes: Vec<String> = scopes.iter().map(Scope::to_string).collect();
+            assert_eq!(scopes.join(" "), needed, "{method} {path}");
+        }
+    }
 
     #[test]
     fn paths() {

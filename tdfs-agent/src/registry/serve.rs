@@ -56,6 +56,8 @@ pub struct Options {
     pub htpasswd: Option<PathBuf>,
     /// Everybody may read.
     pub anonymous_pull: bool,
+    /// File with the key of the tokens that users get.
+    pub token_key: Option<PathBuf>,
     /// How long a peer may take for the head of a request, also when its connection was idle, and for any 64 KiB of what
     /// it sends or is sent.
     pub patience: Duration,
@@ -107,8 +109,13 @@ impl Server {
         let patience = options.patience;
         let mut router = api::router(registry, patience);
         if let Some(path) = &options.htpasswd {
-            let access = Arc::new(Access::load(path, options.anonymous_pull)?);
-            router = router.layer(from_fn_with_state(access, api::guard));
+            let key = options.token_key.as_deref();
+            let access = Arc::new(Access::load(path, options.anonymous_pull, key)?);
+            let guard = api::Guard { access: access.clone(), is_tls: tls.is_some() };
+            router = router.layer(from_fn_with_state(guard, api::guard));
+            if access.has_tokens() {
+                router = router.merge(api::tokens(access));
+            }
         }
         // Those that need no credentials.
         let mut open = Router::new().route("/healthz", get(async || "ok\n"));

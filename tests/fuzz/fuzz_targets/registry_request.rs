@@ -3,7 +3,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tdfs_agent::registry::request::{ManifestName, Route, Wanted, basic_credentials, content_range, digest};
+use tdfs_agent::registry::request::{
+    ManifestName, Route, Scope, Wanted, basic_credentials, content_range, digest,
+};
 
 fuzz_target!(|input: (&str, u64)| {
     let (text, size) = input;
@@ -38,4 +40,7 @@ fuzz_target!(|input: (&str, u64)| {
         assert_eq!(digest.to_string(), text);
     }
     let _ = basic_credentials(text);
+    if let Some(scope) = Scope::parse(text) {
+        assert_eq!(Scope::parse(&scope.to_string()), Some(scope));
+    }
 });

@@ -6,4 +6,5 @@ mod client;
 mod crash;
 mod pull_through;
 mod specification;
+mod tokens;
 mod tools;

@@ -3,6 +3,7 @@
 
 mod killed;
 mod slow;
+mod tls;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

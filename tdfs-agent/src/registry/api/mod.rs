@@ -2,6 +2,7 @@
 //!
 //! A body is read as it comes, and only while what reads it has room.
 
+mod access;
 mod blobs;
 mod manifests;
 mod refusal;
@@ -13,19 +14,16 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::{
-    ALLOW, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, WWW_AUTHENTICATE,
-};
+use axum::http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
 use axum::http::request::Parts;
 use axum::http::{Method, Response, StatusCode};
-use axum::middleware::Next;
 use axum::response::IntoResponse;
 use serde::Serialize;
 
-use super::access::Access;
 use super::request::{ParseError, Route};
 use super::uploads as sessions;
 use super::{Registry, page_service, patience};
+pub use access::{Guard, guard, tokens};
 pub use refusal::Refusal;
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
@@ -48,22 +46,6 @@ pub fn router(registry: Arc<Registry>, patience: Duration) -> Router {
     let limits = page_service::Limits { patience, ..page_service::Limits::default() };
     let pages = page_service::router(registry.clone(), &limits);
     Router::new().fallback(dispatch).with_state(Api { registry, patience }).merge(pages)
-}
-
-/// Lets through who may pass. That this is a registry is told to nobody without credentials: clients ask for it to
-/// learn whether they need any.
-pub async fn guard(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response<Body> {
-    let path = request.uri().path();
-    let is_api = path == "/v2" || path.starts_with("/v2/");
-    let is_base = matches!(path, "/v2" | "/v2/");
-    // The page service answers questions, whatever the method.
-    let is_pull = !is_base && (!is_api || matches!(*request.method(), Method::GET | Method::HEAD));
-    let authorization = request.headers().get(AUTHORIZATION).map(|v| v.to_str().unwrap_or_default());
-    if access.allows(authorization, is_pull).await {
-        return next.run(request).await;
-    }
-    let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "this needs a user and a password");
-    refusal.with(WWW_AUTHENTICATE, "Basic realm=\"tdfs registry\"").into_response()
 }
 
 async fn dispatch(State(api): State<Api>, request: Request) -> Response<Body> {
