@@ -138,6 +138,7 @@ fn a_recording_and_a_start_in_a_browser() -> Result<()> {
         "layers",
         "directories",
         "files",
+        "order",
         "zone",
         "sharing",
     ] {

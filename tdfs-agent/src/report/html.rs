@@ -58,7 +58,10 @@ fn embedded(json: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::model::tests::{read, timeline};
+    use super::super::trace;
     use super::*;
 
     const HOSTILE: &str = "</script><img src=x onerror=alert(1)>{{style}}<!--\u{2028}&amp;\"'\\";
@@ -82,6 +85,44 @@ mod tests {
         let data: serde_json::Value = serde_json::from_str(data(&page)).unwrap();
         assert_eq!(data["reference"], HOSTILE);
         assert_eq!(data["start"]["timeline"]["files"][0]["path"], HOSTILE);
+    }
+
+    proptest! {
+        /// Files of events that were damaged on purpose: an error or a page, and never a number that breaks it.
+        #[test]
+        fn any_events_are_refused_or_drawn(
+            places in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..5),
+        ) {
+            const VALUES: [&str; 9] = ["0", "-1", "1e300", "18446744073709551615", "null", "{}", "[]", "\"</script>\"", "7"];
+            let reads = |n: u32| (0..n).map(|f| read(f.into(), 2.0, f)).collect();
+            let mut events = serde_json::to_value(timeline(reads(3), reads(5))).unwrap();
+            for (place, value) in places {
+                let mut leaves = Vec::new();
+                leaves_of(&events, "", &mut leaves);
+                let leaf = events.pointer_mut(&leaves[place.index(leaves.len())]).unwrap();
+                *leaf = serde_json::from_str(VALUES[value.index(VALUES.len())]).unwrap();
+            }
+            let Ok(events) = serde_json::from_value(events) else { return Ok(()) };
+            let Ok(report) = Report::new(None, None, Some(events)) else { return Ok(()) };
+            let page = page(&report).unwrap();
+            let drawn: serde_json::Value = serde_json::from_str(data(&page)).unwrap();
+            prop_assert_eq!(drawn, serde_json::to_value(&report).unwrap());
+            let start = report.start.unwrap();
+            prop_assert!(trace(&start.timeline)["traceEvents"].is_array());
+        }
+    }
+
+    /// JSON pointers to everything in `value` that holds nothing else.
+    fn leaves_of(value: &serde_json::Value, at: &str, leaves: &mut Vec<String>) {
+        match value {
+            serde_json::Value::Array(all) if !all.is_empty() => {
+                all.iter().enumerate().for_each(|(n, v)| leaves_of(v, &format!("{at}/{n}"), leaves));
+            }
+            serde_json::Value::Object(all) if !all.is_empty() => {
+                all.iter().for_each(|(name, v)| leaves_of(v, &format!("{at}/{name}"), leaves));
+            }
+            _ => leaves.push(at.to_owned()),
+        }
     }
 
     #[test]

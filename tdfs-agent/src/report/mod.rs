@@ -12,6 +12,7 @@
 
 mod html;
 mod model;
+mod order;
 mod perfetto;
 mod recording;
 mod zone;

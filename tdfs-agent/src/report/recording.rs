@@ -14,6 +14,7 @@ use tdfs_common::runtime_image::Service;
 use tdfs_common::tree::{Body, Inode, Tree};
 
 use super::ReportError;
+use super::order::{FirstUse, orders};
 use super::zone::{ZoneMap, maps};
 use crate::oci::Image;
 use crate::pack::{LoadedRuntimeImage, Sharing, SharingSet, sharing};
@@ -64,6 +65,8 @@ pub struct Recording {
     pub directories: Vec<Share>,
     /// Files by what was touched; the last line holds the others.
     pub largest: Vec<Share>,
+    /// In which order the services go through their files.
+    pub orders: Vec<FirstUse>,
     /// The zones of the groups.
     pub zones: Vec<ZoneMap>,
 }
@@ -286,6 +289,7 @@ impl Recording {
             directories: names.directories(),
             largest: names.largest(&touched),
             tree: names.nodes(),
+            orders: orders(services, &names.paths),
             zones: maps(services),
         }
     }
@@ -343,6 +347,7 @@ fn layers(blobs: &[(Digest, u64)], tree: &Tree, touched: &Touched) -> Vec<LayerS
 /// The tree by names: every file in the first directory that names it.
 struct Names<'a> {
     tree: &'a Tree,
+    paths: Vec<Vec<u8>>,
     /// By inode: of a file, or of everything below a directory.
     sums: Vec<Sum>,
     /// By inode of a directory: names and inodes of what counts as in it.
@@ -380,7 +385,7 @@ impl<'a> Names<'a> {
             }
             sums[dir] = sum;
         }
-        Self { tree, sums, entries }
+        Self { tree, paths: tree.paths(), sums, entries }
     }
 
     fn is_directory(&self, ino: u32) -> bool {
@@ -432,7 +437,6 @@ impl<'a> Names<'a> {
     }
 
     fn directories(&self) -> Vec<Share> {
-        let paths = self.tree.paths();
         let own = |(dir, names): (&u32, &Vec<(&[u8], u32)>)| {
             let mut sum = Sum::new(self.sums[0].touched.len());
             let files = names.iter().filter(|(_, ino)| !self.is_directory(*ino));
@@ -440,11 +444,10 @@ impl<'a> Names<'a> {
             (*dir, sum)
         };
         let sums: Vec<_> = self.entries.iter().map(own).filter(|(_, sum)| sum.files > 0).collect();
-        table(sums, |dir, sum| Share::new(Some(&paths[dir as usize]), sum))
+        table(sums, |dir, sum| Share::new(Some(&self.paths[dir as usize]), sum))
     }
 
     fn largest(&self, touched: &Touched) -> Vec<Share> {
-        let paths = self.tree.paths();
         let files = self.entries.values().flatten().filter(|(_, ino)| !self.is_directory(*ino));
         let sums: Vec<_> = files.map(|(_, ino)| (*ino, self.sums[*ino as usize].clone())).collect();
         table(sums, |ino, sum| {
@@ -454,7 +457,7 @@ impl<'a> Names<'a> {
                 _ => None,
             };
             let strip = Some(touched.strip(ino, inode.file_size()));
-            Share { layer, strip, ..Share::new(Some(&paths[ino as usize]), sum) }
+            Share { layer, strip, ..Share::new(Some(&self.paths[ino as usize]), sum) }
         })
     }
 }

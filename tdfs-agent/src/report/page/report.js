@@ -83,7 +83,7 @@
     main.append(made);
     return made;
   };
-  const part = (title) => main.append(h('h2', { class: 'part' }, title));
+  const part = (title) => start && recording && main.append(h('h2', { class: 'part' }, title));
   const tiles = (list) => main.append(h('dl', { class: 'tiles' }, list.map(([label, value, detail, id, lead]) => h('div', { class: lead ? 'tile lead' : 'tile' }, h('dt', {}, label), h('dd', { class: 'value', id }, value), h('dd', { class: 'detail' }, detail)))));
   /// A table; lines beyond the first ones wait for a click, the one that sums up the others is always there.
   const table = (caption, columns, rows, state = {}) => {
@@ -143,7 +143,7 @@
   };
 
   const clock = ({ timeline }) => {
-    const ready = timeline.start.total_ms || 0;
+    const ready = Number(timeline.start.total_ms) || 0;
     const last = Math.max(ready, timeline.until_ms, ...timeline.stages.map((e) => e.end_ms));
     let all = last <= ready * 2;
     const { samples, bytes_missing: total, pages_missing: missing } = timeline.arrivals;
@@ -254,8 +254,8 @@
   const drawStart = ({ timeline, waits, cold }) => {
     const report = timeline.start;
     const number = (field) => Number(report[field]) || 0;
-    part(recording ? 'The start' : '');
-    const lead = ['ready after', ms(number('total_ms')), `${report.start_mode}: ${report.start_reason}`, 'total_ms', true];
+    part('The start');
+    const lead = ['ready after', ms(number('total_ms')), [report.start_mode, report.start_reason].filter(Boolean).join(': '), 'total_ms', true];
     const coldPages = ['cold pages', count(number('cold_pages')), `in ${plural(number('cold_requests'), 'read')} before ready`, 'cold_pages'];
     tiles(!report.service ? [
       lead,
@@ -299,7 +299,7 @@
       waitSection.append(readTable(timeline, waits, [{ title: 'before ready', number: true, cell: (r) => count(r.before_ready) }]));
       if (timeline.waits.lost) waitSection.append(h('p', { class: 'foot' }, `${plural(timeline.waits.lost, 'read')} more are in the sums of the last line and not drawn.`));
     } else if (waitSection) waitSection.append(h('p', { class: 'empty' }, 'No read waited for a page on the wire.'));
-    const sources = Array.isArray(report.sources) ? report.sources : [];
+    const sources = Array.isArray(report.sources) ? report.sources.filter((x) => x && x.source) : [];
     if (sources.length) {
       section('sources', 'Where the pages came from', 'In the order in which the sources were used; a source that failed was left for the next.', table('', [
         { title: 'source', cell: (r) => String(r.source) }, { title: 'pages', number: true, cell: (r) => count(r.pages) }, { title: 'bytes', number: true, cell: (r) => bytes(r.bytes || 0) },
@@ -443,6 +443,18 @@
 
   const colours = ['--c2', '--c4', '--c5', '--c1', '--c3', '--c0'];
 
+  const orders = () => {
+    section('order', 'Order of first use', 'How the start goes through the image: from left to right the pages in the order in which they were first used, in each line those of one file. A trace has this order and no times.', live((state) => {
+      const order = recording.orders[Math.max(0, column - 1)];
+      const cells = (text, name) => h('span', { class: 'strip wide', role: 'img', 'aria-label': `order of first use of ${name}` }, [...text].map((d) => h('b', { css: { background: heat(Number(d) / 9, '--one') } })));
+      const name = (r) => (r.path === null ? plural(r.files, 'other file') : `/${r.path}`);
+      return table(`Service ${order.service}, ${plural(order.pages, 'page')}`, [
+        { title: 'file', class: 'path', cell: name }, { title: 'pages', number: true, cell: (r) => count(r.pages) },
+        { title: 'first page of the start → ready', class: 'fill', cell: (r) => cells(r.strip, name(r)) },
+      ], order.lines.map((r) => ({ ...r, rest: r.path === null })), Object.assign(state, { all: true }));
+    }));
+  };
+
   const zoneMap = (zone, n) => {
     let mode = zone.services.length > 1 ? 'uses' : 'order';
     let service = 0;
@@ -522,6 +534,7 @@
     main.append(columnChoice());
     treemap();
     shares();
+    orders();
     recording.zones.forEach(zoneMap);
     groupShares();
     const notes = [];
