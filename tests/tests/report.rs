@@ -277,3 +277,19 @@ fn what_was_cold_and_why() -> Result<()> {
     ensure!(read == size, "{read} of {size} pages");
     Ok(())
 }
+
+/// Ready while pages are on the wire: the events go on until the last one has come, as do the arrivals that they tell.
+#[test]
+fn events_go_on_beyond_ready() -> Result<()> {
+    let served = Served::new()?;
+    let proxy = Proxy::start(served.registry.addr, Pace::BytesPerSecond(2 << 20))?;
+    let program = "print('started', flush=True); import time; time.sleep(60)";
+    let more = ["--start", "streaming", "--ready", "log:^started", "--", "python3", "-S", "-c", program];
+    let (report, events) = served.run(&format!("{}/python:latest", proxy.addr), "node", &more)?;
+    ensure!(whole(&report["pages_awaited"])? > 0, "{report}");
+    let last = list(&events["arrivals"]["samples"])?.last().context("samples")?;
+    ensure!(last["pages"] == report["pages_needed"], "{last} {report}");
+    ensure!(number(&last["ms"])? > number(&report["total_ms"])?, "{last} {report}");
+    ensure!(number(&events["until_ms"])? >= number(&last["ms"])?, "{last}");
+    Ok(())
+}

@@ -34,6 +34,7 @@ pub(super) struct Fetching {
     unwatched: Arc<AtomicBool>,
     begin: Instant,
     fetched: Option<Fetched>,
+    recorder: Option<JoinHandle<()>>,
 }
 
 struct Fetched {
@@ -64,7 +65,7 @@ impl Fetching {
             let (stats, commit) = fetched?;
             Ok(Fetched { stats, ms: ms(begin), commit: Some(commit) })
         });
-        Self { arrivals, task: Some(task), bytes, unwatched, begin, fetched: None }
+        Self { arrivals, task: Some(task), bytes, unwatched, begin, fetched: None, recorder: None }
     }
 
     /// Tells of its pages.
@@ -103,23 +104,24 @@ impl Fetching {
     }
 
     /// Tells `moments` how far it is, until its end.
-    pub fn record(&self, moments: Moments) {
+    pub fn record(&mut self, moments: Moments) {
         let (mut news, mut bytes) = (self.arrivals.news(), self.bytes.clone());
-        tokio::spawn(async move {
+        self.recorder = Some(tokio::spawn(async move {
+            // Its readers may be released before it ends; nobody tells of bytes any more when it has.
             let mut open = true;
-            while open {
-                let (arrived, (received, total)) = (*news.borrow_and_update(), *bytes.borrow_and_update());
-                moments.arrived(arrived.arrived, received, total);
-                if arrived.over {
+            loop {
+                let (arrived, (received, total)) =
+                    (news.borrow_and_update().arrived, *bytes.borrow_and_update());
+                moments.arrived(arrived, received, total);
+                if !open {
                     return;
                 }
-                let changed = tokio::select! {
-                    changed = news.changed() => changed,
-                    changed = bytes.changed() => changed,
-                };
-                open = changed.is_ok();
+                tokio::select! {
+                    changed = news.changed() => open = changed.is_ok(),
+                    changed = bytes.changed() => open = changed.is_ok(),
+                }
             }
-        });
+        }));
     }
 
     /// When it began.
@@ -156,6 +158,10 @@ impl Fetching {
         }
         if self.done().await.is_ok() {
             self.commit().await;
+        }
+        if let Some(recorder) = self.recorder.take() {
+            // It ends with the fetch; what it wrote down is then complete.
+            let _ = recorder.await;
         }
     }
 

@@ -152,7 +152,7 @@ pub async fn start(
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
     let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, pages, service, zone));
-    if let (Some(fetching), Some(moments)) = (&fetching, &moments) {
+    if let (Some(fetching), Some(moments)) = (&mut fetching, &moments) {
         moments.missing(missing);
         fetching.record(moments.clone());
     }
