@@ -157,7 +157,7 @@ pub struct FetchStats {
     pub pages_fetched: u64,
     /// Bytes of the blobs received.
     pub bytes_fetched: u64,
-    /// Requests for them, with retries and redirected ones, as the store counts them.
+    /// Requests for them; a range that breaks off and is resumed is one.
     pub data_requests: u64,
 }
 
@@ -219,7 +219,8 @@ pub async fn fetch_announced(
         arrivals.arrive(brought_by_another);
     }
     // An answer that is open was asked for before.
-    let before = store.requests().data_requests - u64::from(pages.is_open());
+    let sources = pages.sources();
+    let before = sources.requests() - u64::from(pages.is_open());
     let received = AtomicU64::new(0);
     let total = plan(service, &missing).iter().map(|r| r.bytes.end - r.bytes.start).sum();
     let count = |bytes| {
@@ -230,7 +231,7 @@ pub async fn fetch_announced(
         writer,
         arrivals: arrivals.clone(),
         pages: AtomicU64::new(0),
-        sources: pages.sources(),
+        sources: sources.clone(),
     });
     let answered = bring(store, pages, service, &injection, &count);
     let outcome = tokio::select! {
@@ -243,7 +244,7 @@ pub async fn fetch_announced(
     pages.learn();
     stats.pages_fetched = injection.pages.load(Ordering::Relaxed);
     stats.bytes_fetched = received.into_inner();
-    stats.data_requests = store.requests().data_requests - before;
+    stats.data_requests = sources.requests() - before;
     let commit = Commit(Some(tokio::task::spawn_blocking(move || injection.writer.commit())));
     if let Err(error) = outcome {
         arrivals.fail(error.errno());

@@ -40,6 +40,11 @@ impl Sources {
         self.count(source, |used| *used.failures.entry(reason).or_default() += 1);
     }
 
+    /// Requests to all of them so far.
+    pub(super) fn requests(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|s| s.requests).sum()
+    }
+
     /// What each did so far.
     pub fn list(&self) -> Vec<SourceUse> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -68,7 +68,8 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
         is_at_end: false,
     };
     let is_read = Arc::new(AtomicBool::new(body.is_end_stream()));
-    let body = Body::new(Counted { body, received, is_read: is_read.clone() });
+    let watcher = Received { bytes: received, is_read: is_read.clone() };
+    let body = Body::new(Watched { body, watcher });
     let version = parts.version;
     let response = next.run(Request::from_parts(parts, body)).await;
     record.status = response.status().as_u16();
@@ -79,7 +80,7 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     }
     record.announced = parts.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     record.is_at_end = body.is_end_stream();
-    Response::from_parts(parts, Body::new(Observed { body, record }))
+    Response::from_parts(parts, Body::new(Watched { body, watcher: record }))
 }
 
 impl Drop for Record {
@@ -105,13 +106,18 @@ impl Drop for Record {
     }
 }
 
-/// The body of an answer.
-struct Observed {
+/// A body, and who is told of every frame and of the end.
+struct Watched<W> {
     body: Body,
-    record: Record,
+    watcher: W,
 }
 
-impl http_body::Body for Observed {
+trait Watch: Unpin {
+    /// So many bytes passed; `is_over`: they were the last.
+    fn passed(&mut self, bytes: u64, is_over: bool);
+}
+
+impl<W: Watch> http_body::Body for Watched<W> {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -120,10 +126,10 @@ impl http_body::Body for Observed {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(Ok(frame)) = &frame {
-            self.record.sent += frame.data_ref().map_or(0, |data| data.len() as u64);
-        }
-        self.record.is_at_end = frame.is_none() || self.body.is_end_stream();
+        let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+        let bytes = data.map_or(0, |data| data.len() as u64);
+        let is_over = frame.is_none() || self.body.is_end_stream();
+        self.watcher.passed(bytes, is_over);
         Poll::Ready(frame)
     }
 
@@ -136,36 +142,25 @@ impl http_body::Body for Observed {
     }
 }
 
-/// The body of a request.
-struct Counted {
-    body: Body,
-    received: Arc<AtomicU64>,
+/// Of an answer.
+impl Watch for Record {
+    fn passed(&mut self, bytes: u64, is_over: bool) {
+        self.sent += bytes;
+        self.is_at_end = is_over;
+    }
+}
+
+/// Of the body of a request.
+struct Received {
+    bytes: Arc<AtomicU64>,
     is_read: Arc<AtomicBool>,
 }
 
-impl http_body::Body for Counted {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(data) = frame.as_ref().and_then(|f| f.as_ref().ok()).and_then(Frame::data_ref) {
-            self.received.fetch_add(data.len() as u64, Ordering::Relaxed);
-        }
-        if frame.is_none() || self.body.is_end_stream() {
+impl Watch for Received {
+    fn passed(&mut self, bytes: u64, is_over: bool) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if is_over {
             self.is_read.store(true, Ordering::Relaxed);
         }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

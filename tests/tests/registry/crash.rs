@@ -1,12 +1,11 @@
 //! Servers that are killed, several of them over one storage, and garbage collection beside them.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use nix::sys::signal::Signal;
 use reqwest::Method;
@@ -19,7 +18,7 @@ use tempfile::TempDir;
 use super::client::{CONFIG_TYPE, Client, LAYER_TYPE, descriptor, manifest, noise};
 
 /// All bytes below `blobs` have the digest that they lie at.
-fn verify(root: &Path) -> Result<()> {
+pub fn verify(root: &Path) -> Result<()> {
     let blobs = root.join("blobs");
     if !blobs.exists() {
         return Ok(());
@@ -36,7 +35,7 @@ fn verify(root: &Path) -> Result<()> {
 }
 
 /// A manifest and all that it names.
-async fn pull(client: &Client, name: &str, reference: &str) -> Result<()> {
+pub async fn pull(client: &Client, name: &str, reference: &str) -> Result<()> {
     let answer = client.get(&format!("/v2/{name}/manifests/{reference}")).await?.expect(200)?;
     ensure!(Digest::of(&answer.body).to_string() == answer.header("docker-content-digest"));
     let manifest = answer.json();
@@ -51,7 +50,7 @@ async fn pull(client: &Client, name: &str, reference: &str) -> Result<()> {
 }
 
 /// Pushes as clients do: only what is not there.
-async fn push(client: &Client, name: &str, tag: &str, layers: &[Bytes]) -> Result<u16> {
+pub async fn push(client: &Client, name: &str, tag: &str, layers: &[Bytes]) -> Result<u16> {
     let config = Bytes::from("{}");
     for blob in layers.iter().chain([&config]) {
         let digest = Digest::of(blob);
@@ -245,88 +244,5 @@ async fn collections_delete_what_nothing_reaches() -> Result<()> {
     pull(&client, "a", "t").await?;
     let listed = client.get(&format!("/v2/a/referrers/{untagged}")).await?.json();
     ensure!(listed["manifests"].as_array().is_some_and(Vec::is_empty), "{listed}");
-    verify(dir.path())
-}
-
-/// How long churn goes on.
-const CHURN: Duration = Duration::from_secs(20);
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_lost_under_churn() -> Result<()> {
-    let dir = TempDir::new()?;
-    let servers = [Server::start(dir.path(), &[])?, Server::start(dir.path(), &[])?];
-    let until = Instant::now() + CHURN;
-    let (pushes, pulls) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let mut tasks = Vec::new();
-    for task in 0..4_u64 {
-        let clients = servers.each_ref().map(Client::new);
-        let (pushes, pulls) = (pushes.clone(), pulls.clone());
-        tasks.push(tokio::spawn(async move {
-            // What is there by what the servers said; only this task changes its tags.
-            let mut there: BTreeSet<String> = BTreeSet::new();
-            for n in 0_u64.. {
-                let choice = noise(4, task << 32 | n);
-                let client = &clients[usize::from(choice[0]) % 2];
-                let tag = format!("t-{task}-{}", choice[1] % 6);
-                let name = ["a", "b"][usize::from(choice[2]) % 2];
-                let key = format!("{name}:{tag}");
-                // Layers that many images share, so that they are orphans now and then.
-                let layers =
-                    [noise(50_000, u64::from(choice[3] % 8)), noise(50_000, u64::from(choice[1] % 8))];
-                match push(client, name, &tag, &layers).await? {
-                    201 => {
-                        there.insert(key);
-                        pushes.fetch_add(1, Ordering::Relaxed);
-                    }
-                    // What a push relied on may be gone when it took longer than the grace period. Nothing has changed.
-                    400 => {}
-                    status => bail!("push: {status}"),
-                }
-                for key in there.iter().filter(|_| n.is_multiple_of(3)) {
-                    let (name, tag) = key.split_once(':').context("a key")?;
-                    pull(&clients[(usize::from(choice[0]) + 1) % 2], name, tag).await?;
-                    pulls.fetch_add(1, Ordering::Relaxed);
-                }
-                if choice[0].is_multiple_of(3)
-                    && let Some(key) = there.pop_first()
-                {
-                    let (name, tag) = key.split_once(':').context("a key")?;
-                    client.delete(&format!("/v2/{name}/manifests/{tag}")).await?.expect(202)?;
-                }
-                if Instant::now() > until {
-                    break;
-                }
-            }
-            Ok::<_, anyhow::Error>(there)
-        }));
-    }
-    let done = Arc::new(AtomicBool::new(false));
-    let collecting = tokio::task::spawn_blocking({
-        let (root, done) = (dir.path().display().to_string(), done.clone());
-        move || -> Result<u64> {
-            let mut deleted = 0;
-            while !done.load(Ordering::Relaxed) {
-                let report = tdfs::json(["registry", "gc", "--root", &root, "--grace", "1s", "--untagged"])?;
-                deleted += report["blobs_deleted"].as_u64().context("no number")?;
-            }
-            Ok(deleted)
-        }
-    });
-    let mut there = Vec::new();
-    for task in tasks {
-        there.extend(task.await??);
-    }
-    done.store(true, Ordering::Relaxed);
-    let deleted = collecting.await??;
-    for key in &there {
-        let (name, tag) = key.split_once(':').context("a key")?;
-        pull(&Client::new(&servers[0]), name, tag).await?;
-    }
-    let counts = (pushes.load(Ordering::Relaxed), pulls.load(Ordering::Relaxed), deleted, there.len());
-    println!(
-        "{} pushes, {} pulls, {} blobs collected, {} images at the end",
-        counts.0, counts.1, counts.2, counts.3
-    );
-    ensure!(counts.0 > 0 && counts.1 > 0 && counts.2 > 0, "{counts:?}");
     verify(dir.path())
 }

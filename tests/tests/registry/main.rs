@@ -5,6 +5,7 @@ mod access;
 mod client;
 mod crash;
 mod pull_through;
+mod soak;
 mod specification;
 mod tokens;
 mod tools;
