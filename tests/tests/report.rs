@@ -105,7 +105,8 @@ fn data(page: &str) -> Result<Value> {
 #[test]
 fn a_recording_and_a_start_in_a_browser() -> Result<()> {
     let served = Served::new()?;
-    let proxy = Proxy::start(served.registry.addr, Pace::BytesPerSecond(4 << 20))?;
+    // Much longer than a container is created in, on a busy machine too: its reads have to wait.
+    let proxy = Proxy::start(served.registry.addr, Pace::BytesPerSecond(1 << 20))?;
     let slow = format!("{}/python:latest", proxy.addr);
     let (report, events) = served.run(&slow, "node", &["--start", "streaming"])?;
 
@@ -282,7 +283,7 @@ fn what_was_cold_and_why() -> Result<()> {
 #[test]
 fn events_go_on_beyond_ready() -> Result<()> {
     let served = Served::new()?;
-    let proxy = Proxy::start(served.registry.addr, Pace::BytesPerSecond(2 << 20))?;
+    let proxy = Proxy::start(served.registry.addr, Pace::BytesPerSecond(1 << 20))?;
     let program = "print('started', flush=True); import time; time.sleep(60)";
     let more = ["--start", "streaming", "--ready", "log:^started", "--", "python3", "-S", "-c", program];
     let (report, events) = served.run(&format!("{}/python:latest", proxy.addr), "node", &more)?;
