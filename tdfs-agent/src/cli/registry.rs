@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -21,7 +22,17 @@ pub async fn registry(args: &RegistryArgs, json: bool) -> anyhow::Result<ExitCod
     serve(args, json).await
 }
 
+/// Every connection is an open file, and so is what it reads; the usual limit is for programs of another time.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        tracing::warn!("the limit of open files stays as it is: {e}");
+    }
+}
+
 async fn serve(args: &ServeArgs, json: bool) -> anyhow::Result<ExitCode> {
+    raise_file_limit();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut registry = Registry::open(&args.root, args.read_only)?;
     if let Some(upstream) = &args.upstream {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use reqwest::Method;
 use serde_json::Value;
@@ -131,6 +132,21 @@ async fn requests_are_logged_and_counted() -> Result<()> {
     ensure!(got["time"].as_str().unwrap_or_default().ends_with('Z') && got["seconds"].is_number(), "{got}");
     let pushed = requests.iter().find(|r| r["method"] == "POST").context("no line")?;
     ensure!(pushed["received"] == 1000 && pushed["status"] == 201, "{pushed}");
+    Ok(())
+}
+
+#[test]
+fn as_many_files_may_be_open_as_the_system_allows() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    ensure!(hard > 256);
+    // Servers inherit it; this process runs this test alone.
+    setrlimit(Resource::RLIMIT_NOFILE, 256, hard)?;
+    let dir = TempDir::new()?;
+    let server = Server::start(dir.path(), &[])?;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid()))?;
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).context("no such line")?;
+    let soft = files.split_whitespace().nth(3).context("no number")?;
+    ensure!(soft.parse::<u64>()? == hard, "{files}");
     Ok(())
 }
 
