@@ -19,7 +19,7 @@ use tdfs_agent::rootfs::{Overlay, RootFs, RunDir};
 use tdfs_common::digest::Digest;
 use tdfs_common::envelope::Format;
 use tdfs_common::trace::Method;
-use tdfs_common::tree::Inode;
+use tdfs_common::tree::{Inode, Tree};
 use tdfs_tests::synthetic::{Kind, Random, Synthetic};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -33,6 +33,7 @@ const LONG: Duration = Duration::from_mins(1);
 /// An image with `toucher`, what it needs to run, and two files of PAGES pages and a bit, on a private mount.
 struct Image {
     rootfs: RootFs,
+    tree: Arc<Tree>,
     runtime: Runtime,
     dir: TempDir,
 }
@@ -68,8 +69,9 @@ impl Image {
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let run = dir.path().join("run");
         let run = Arc::new(RunDir::create(&run).unwrap());
-        let rootfs = RootFs::mount(run, Arc::new(tree), None, Arc::new(layers), runtime.handle()).unwrap();
-        Self { rootfs, runtime, dir }
+        let tree = Arc::new(tree);
+        let rootfs = RootFs::mount(run, Arc::clone(&tree), None, Arc::new(layers), runtime.handle()).unwrap();
+        Self { rootfs, tree, runtime, dir }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -77,7 +79,7 @@ impl Image {
     }
 
     fn options(&self, method: Method) -> TracerOptions {
-        let sizes = self.rootfs.tree().inodes.iter().map(Inode::file_size);
+        let sizes = self.tree.inodes.iter().map(Inode::file_size);
         TracerOptions { method: Some(method), ..TracerOptions::new(self.rootfs.device(), sizes) }
     }
 
@@ -89,7 +91,7 @@ impl Image {
 
     /// Pages of the file among `runs`.
     fn pages(&self, runs: &[PageRun], name: &str) -> Vec<u32> {
-        let nid = self.rootfs.nid_of(self.rootfs.tree().lookup(name.as_bytes()).unwrap());
+        let nid = self.rootfs.nid_of(self.tree.lookup(name.as_bytes()).unwrap());
         runs.iter().filter(|r| r.ino == nid).flat_map(|r| r.pages.clone()).collect()
     }
 
@@ -108,6 +110,7 @@ impl Image {
         let configuration = configuration("");
         let mut input = RecordInput {
             rootfs: &self.rootfs,
+            tree: &self.tree,
             image: Digest::of(b"image"),
             configuration: &configuration,
             accounts: Accounts { passwd: PASSWD, group: b"" },
@@ -131,7 +134,7 @@ impl Image {
         let probe: Probe = probe.parse().unwrap();
         self.runtime.block_on(async {
             let overlay = Overlay::mount(self.rootfs.path(), &self.rootfs.dir().join(self.id())).unwrap();
-            let readiness = Readiness::prepare(&probe, &self.rootfs, overlay.path())?;
+            let readiness = Readiness::prepare(&probe, &self.rootfs, &self.tree, overlay.path())?;
             let (bundle, runc) = (self.dir.path().join("bundle"), self.dir.path().join("runc"));
             let spec = SandboxSpec {
                 rootfs: overlay.path(),

@@ -11,13 +11,15 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use tdfs_agent::fetch::Arrivals;
 use tdfs_agent::rootfs::{
-    self, ColdSource, ColdStats, HotPages, Overlay, RootFs, RootfsError, RunDir, WaitStats, erofs,
+    self, ColdFiles, ColdImage, ColdSource, ColdStats, HotPages, Kept, Overlay, RootFs, RootfsError, RunDir,
+    WaitStats, erofs,
 };
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::page;
@@ -165,6 +167,73 @@ fn partly_hot_mounts_equal_the_model() {
         Fingerprint::of(rootfs.path()).unwrap().expect_equal(&expected).unwrap();
         assert_eq!(rootfs.cold_stats().cold_pages == 0, rarity == 1, "{:?}", rootfs.cold_stats());
         rootfs.unmount().unwrap();
+    }
+}
+
+/// The files of a fixture, which cannot be loaded for some time.
+struct Late {
+    tree: Arc<Tree>,
+    layers: Arc<Layers>,
+    fails: AtomicBool,
+    opened: AtomicU64,
+}
+
+impl ColdImage for Late {
+    fn open(&self) -> BoxFuture<'_, Result<ColdFiles, i32>> {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        let files = (Arc::clone(&self.tree), Arc::clone(&self.layers) as Arc<dyn ColdSource>);
+        let fails = self.fails.load(Ordering::Relaxed);
+        Box::pin(std::future::ready(if fails { Err(libc::EIO) } else { Ok(files) }))
+    }
+}
+
+#[test]
+fn kept_metadata_mounts_the_same_and_needs_the_files_for_cold_reads_only() {
+    let synthetic = extreme();
+    let fixture = Fixture::of(&synthetic);
+    let expected = synthetic.fingerprint();
+    for rarity in [1, 5] {
+        let zone = fixture.zone(rarity);
+        let mut rootfs = fixture.mount(Some(zone.hot()));
+        let nids: Vec<u64> = (0..fixture.tree.inodes.len()).map(|ino| rootfs.nid_of(ino as u32)).collect();
+        let (path, key) = (fixture.dir.path().join("kept"), [rarity as u8; 32]);
+        rootfs.keepable().unwrap().keep(&path, &key, &fixture.tree).unwrap();
+        assert!(rootfs.keepable().is_none());
+        rootfs.unmount().unwrap();
+
+        let kept = Kept::open(&path, &key).unwrap();
+        // What is mounted stays what it is.
+        fs::remove_file(&path).unwrap();
+        let late = Arc::new(Late {
+            tree: Arc::clone(&fixture.tree),
+            layers: Arc::clone(&fixture.layers),
+            fails: AtomicBool::new(true),
+            opened: AtomicU64::new(0),
+        });
+        let dirs = ["one", "two"].map(|name| RunDir::create(&fixture.dir.path().join(name)).unwrap());
+        let mounts = dirs.map(|dir| {
+            let image = Arc::clone(&late) as _;
+            RootFs::mount_kept(Arc::new(dir), &kept, zone.hot(), image, fixture.runtime.handle()).unwrap()
+        });
+        for rootfs in &mounts {
+            let pages: u64 = zone.runs.iter().map(|run| u64::from(run.count)).sum();
+            assert_eq!(rootfs.inject().unwrap().unwrap().join().unwrap(), pages);
+            assert!((0..nids.len()).all(|ino| rootfs.nid_of(ino as u32) == nids[ino]));
+            assert_eq!(rootfs.cold_stats(), ColdStats::default());
+        }
+        assert_eq!(late.opened.load(Ordering::Relaxed), 0);
+        if rarity > 1 {
+            let read = fs::read(mounts[0].path().join("sizes/1048576")).map(drop);
+            assert_eq!(read.unwrap_err().raw_os_error(), Some(libc::EIO), "its files cannot be loaded");
+        }
+        late.fails.store(false, Ordering::Relaxed);
+        late.opened.store(0, Ordering::Relaxed);
+        for rootfs in mounts {
+            Fingerprint::of(rootfs.path()).unwrap().expect_equal(&expected).unwrap();
+            rootfs.unmount().unwrap();
+        }
+        let opened = late.opened.load(Ordering::Relaxed);
+        assert_eq!(opened, if rarity > 1 { 2 } else { 0 }, "once for each mount");
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use super::args::{Destination, PackArgs, Packing, RecordArgs};
 use super::{interruptible, print, progress};
-use crate::node::{self, Prepared, State};
+use crate::node::{self, ImageFiles, State};
 use crate::oci::{ClientOptions, Image, Reference, Store};
 use crate::pack::{self, Pack, Report, ServiceInput, merge_traces, read_group};
 use crate::record::sandbox::{Accounts, Forward};
@@ -62,7 +62,7 @@ struct Packed {
 /// An image of which every layer is here.
 struct Whole {
     image: Image,
-    prepared: Prepared,
+    files: ImageFiles,
     store: Store,
     index: tdfs_common::layer_index::LayerIndex,
     windows: Option<std::path::PathBuf>,
@@ -127,7 +127,7 @@ async fn record_and_attach(args: &RecordArgs, state: &State) -> anyhow::Result<R
         pages: trace.pages(),
         files: trace.files.len() as u64,
         bytes: trace.pages() * PAGE_SIZE as u64,
-        image_bytes: whole.prepared.tree.inodes.iter().map(tdfs_common::tree::Inode::file_size).sum(),
+        image_bytes: whole.files.tree.inodes.iter().map(tdfs_common::tree::Inode::file_size).sum(),
         complete: trace.complete,
         method: trace.method,
         lost_events: trace.lost_events,
@@ -149,14 +149,17 @@ async fn record_once(
     whole: &Whole,
     command: Option<&[String]>,
 ) -> anyhow::Result<Recording> {
-    let (passwd, group) = whole.prepared.accounts(&whole.image).await?;
+    let (passwd, group) = whole.files.accounts(&whole.image).await?;
     let dir = state.new_run()?;
     let id = dir.id().into_owned();
-    let source = whole.prepared.cold_source();
-    let tree = Arc::clone(&whole.prepared.tree);
-    let rootfs = tokio::task::block_in_place(|| RootFs::mount(dir, tree, None, source, &Handle::current()))?;
+    let source = whole.files.cold_source();
+    let tree = &whole.files.tree;
+    let rootfs = tokio::task::block_in_place(|| {
+        RootFs::mount(dir, Arc::clone(tree), None, source, &Handle::current())
+    })?;
     let recording = crate::record::record(RecordInput {
         rootfs: &rootfs,
+        tree,
         image: whole.image.digest,
         configuration: &whole.image.configuration,
         accounts: Accounts { passwd: &passwd, group: &group },
@@ -222,10 +225,10 @@ async fn pull(state: &State, packing: &Packing) -> anyhow::Result<Whole> {
     let image = store.resolve(&packing.image).await?;
     let bar = progress::bytes("pulling");
     let pulled =
-        Prepared::pull(state, &store, &image, &|done, total| progress::show(&bar, done, total)).await;
+        ImageFiles::pull(state, &store, &image, &|done, total| progress::show(&bar, done, total)).await;
     bar.finish_and_clear();
-    let (prepared, index, windows) = pulled?;
-    Ok(Whole { image, prepared, store, index, windows })
+    let (files, index, windows) = pulled?;
+    Ok(Whole { image, files, store, index, windows })
 }
 
 /// Packs `services` into the group at the destination and attaches them to the image there.
@@ -250,14 +253,14 @@ async fn attach(
     let bar = progress::spinner("packing".into());
     let packing = Pack {
         image: whole.image.digest,
-        tree: &whole.prepared.tree,
+        tree: &whole.files.tree,
         group,
         existing: &existing,
         services,
         allow_incomplete: options.allow_incomplete,
         scratch: state.root(),
     };
-    let layers = &whole.prepared.layers;
+    let layers = &whole.files.layers;
     let packed = packing
         .run(|layer, offset, len| {
             let layers = Arc::clone(layers);
@@ -268,7 +271,7 @@ async fn attach(
     let packed = packed?;
     let windows = whole.windows.clone().map(Into::into);
     let attached =
-        pack::attach(&store, &whole.image, &packed, &whole.prepared.tree, &whole.index, windows).await?;
+        pack::attach(&store, &whole.image, &packed, &whole.files.tree, &whole.index, windows).await?;
     Ok(Packed { manifests: attached.iter().map(|a| a.manifest.digest).collect(), report: packed.report })
 }
 

@@ -55,23 +55,25 @@ impl Making<'_> {
     /// before the container's process starts.
     pub async fn create(&self, run: Arc<RunDir>, launch: Launch) -> Result<Created, NodeError> {
         let begin = Instant::now();
-        let rootfs = tokio::task::block_in_place(|| {
-            let tree = Arc::clone(&self.prepared.tree);
-            let hot = self.prepared.hot_pages(self.arrivals);
-            RootFs::mount(Arc::clone(&run), tree, hot, self.prepared.cold_source(), &Handle::current())
-        })?;
+        let rootfs = self.mount(Arc::clone(&run)).await?;
         if let Some(moments) = self.moments {
             rootfs.log_reads(Arc::clone(&moments.reads));
         }
         let injector = rootfs.inject()?;
         let overlay = Overlay::mount(rootfs.path(), &run.path().join("container"))?;
-        let prepare = |probe| Readiness::prepare(probe, &rootfs, overlay.path());
-        let readiness = self.probe.map(prepare).transpose()?;
+        let readiness = match self.probe.map(|probe| (probe, Readiness::without_files(probe))) {
+            None => None,
+            Some((_, Some(readiness))) => Some(readiness),
+            Some((probe, None)) => {
+                let tree = &self.prepared.files.get().await?.tree;
+                Some(Readiness::prepare(probe, &rootfs, tree, overlay.path())?)
+            }
+        };
         let mount_ms = ms(begin);
 
         let creating = Instant::now();
         let recorded = self.prepared.hot.as_ref().and_then(|(service, _)| service.args.as_deref());
-        let (passwd, group) = self.prepared.accounts(&self.resolved.image).await?;
+        let (passwd, group) = self.prepared.files.accounts(&self.resolved.image).await?;
         let spec = SandboxSpec {
             rootfs: overlay.path(),
             workload: Workload {
@@ -86,6 +88,19 @@ impl Making<'_> {
         let sandbox = launch.finish(spec).await?;
         let container = Container { sandbox, overlay, injector, rootfs };
         Ok(Created { container, readiness, begin, mount_ms, create_ms: ms(creating) })
+    }
+
+    async fn mount(&self, run: Arc<RunDir>) -> Result<RootFs, NodeError> {
+        let hot = self.prepared.hot_pages(self.arrivals);
+        if let (Some(kept), Some(hot), None) = (&self.prepared.kept, hot, self.arrivals) {
+            let image = Arc::clone(&self.prepared.files);
+            let mount = || RootFs::mount_kept(run, kept, hot, image, &Handle::current());
+            return Ok(tokio::task::block_in_place(mount)?);
+        }
+        let files = self.prepared.files.get().await?;
+        let (tree, source) = (Arc::clone(&files.tree), files.cold_source());
+        let mount = || RootFs::mount(run, tree, hot, source, &Handle::current());
+        Ok(tokio::task::block_in_place(mount)?)
     }
 }
 

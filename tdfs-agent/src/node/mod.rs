@@ -11,6 +11,7 @@
 
 mod container;
 mod fetching;
+mod files;
 mod mount;
 mod prepare;
 mod recover;
@@ -27,6 +28,7 @@ use std::path::PathBuf;
 use tdfs_common::digest::Digest;
 
 pub use fetching::Rest;
+pub use files::{FilesSource, ImageFiles, LazyFiles};
 pub use mount::{MountOptions, MountReport, MountServer, mount, umount};
 pub use prepare::Prepared;
 pub use recover::recover;

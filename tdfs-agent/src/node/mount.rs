@@ -18,10 +18,11 @@ use tdfs_common::digest::Digest;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::files::LazyFiles;
 use super::prepare::Prepared;
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, State};
-use crate::fetch::{ImageLayers, Progress, fetch};
+use crate::fetch::{Progress, fetch};
 use crate::oci::{ClientOptions, Reference};
 use crate::rootfs::RootFs;
 
@@ -63,7 +64,7 @@ pub struct MountServer {
     /// What was mounted.
     pub report: MountReport,
     rootfs: RootFs,
-    layers: Arc<ImageLayers>,
+    files: Arc<LazyFiles>,
     resolved: Resolved,
 }
 
@@ -99,10 +100,11 @@ pub async fn mount(
         commit.wait().await?;
     }
     let dir = state.new_run()?;
+    let files = prepared.files.get().await?;
     let rootfs = tokio::task::block_in_place(|| {
-        let tree = Arc::clone(&prepared.tree);
+        let tree = Arc::clone(&files.tree);
         let rootfs =
-            RootFs::mount(dir, tree, prepared.hot_pages(None), prepared.cold_source(), &Handle::current())?;
+            RootFs::mount(dir, tree, prepared.hot_pages(None), files.cold_source(), &Handle::current())?;
         if let Some(injector) = rootfs.inject()? {
             injector.join().map_err(|e| at(rootfs.path(), e))?;
         }
@@ -114,7 +116,7 @@ pub async fn mount(
         Ok::<_, NodeError>(rootfs)
     })?;
     report.total_ms = begin.elapsed().as_secs_f64() * 1000.0;
-    Ok(MountServer { report, rootfs, layers: prepared.layers, resolved })
+    Ok(MountServer { report, rootfs, files: prepared.files, resolved })
 }
 
 impl MountServer {
@@ -140,7 +142,7 @@ impl MountServer {
             Ok::<_, NodeError>(self.rootfs.unmount()?)
         })?;
         self.resolved.remembered().await;
-        Ok(self.layers.flush().await?)
+        Ok(self.files.flush().await?)
     }
 }
 

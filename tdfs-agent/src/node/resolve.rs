@@ -7,15 +7,20 @@
 //! second start therefore asks nobody. Metadata blobs are remembered by [`pack::load`]. All of it is checked against
 //! its digest when it is read, so a damaged memory costs requests, not correctness.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tdfs_common::digest::Digest;
+use tdfs_common::runtime_image::Service;
 use tdfs_common::wire;
+use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 
+use super::files::{FilesSource, ImageFiles, LazyFiles};
 use super::{NodeError, State};
-use crate::fetch::{Metadata, PageService};
+use crate::fetch::{ImageLayers, Metadata, PageService};
 use crate::oci::{ClientOptions, Image, Location, MANIFEST_TYPE, OciError, Reference, Requests, Store};
-use crate::pack::{self, LoadedRuntimeImage, PackError};
+use crate::pack::{self, PackError};
 use crate::rtpc::holdings;
 
 /// Which runtime image a start uses.
@@ -40,12 +45,24 @@ pub enum Pull {
     Always,
 }
 
+/// A runtime image that fits its image.
+pub struct Runtime {
+    /// The artifact manifest.
+    pub manifest: Digest,
+    /// The artifact manifest as stored.
+    pub artifact: Bytes,
+    /// Page table and segments.
+    pub service: Service,
+    /// The image's files.
+    pub files: LazyFiles,
+}
+
 /// An image, and where its bytes are.
 pub struct Resolved {
     /// The image.
     pub image: Image,
     /// Its runtime image, if one is used.
-    pub runtime: Option<LoadedRuntimeImage>,
+    pub runtime: Option<Runtime>,
     /// The registry or layout that the reference names.
     pub store: Store,
     /// The page services to fetch from; one may be about to send what is missing.
@@ -70,7 +87,7 @@ pub async fn resolve(
     let memory = Memory::open(state, options)?;
     let mut pages = PageService::open(&store, state.root(), options);
     if pull == Pull::Missing
-        && let Some((image, runtime)) = memory.recall(state, reference, choice).await
+        && let Some((image, runtime)) = memory.recall(state, &store, reference, choice).await
     {
         about(&mut pages, &image, runtime.as_ref());
         return Ok(Resolved { image, runtime, store, pages, remembering: None });
@@ -92,7 +109,7 @@ pub async fn resolve(
 }
 
 /// Says which pages are meant from now on.
-fn about(pages: &mut PageService, image: &Image, runtime: Option<&LoadedRuntimeImage>) {
+fn about(pages: &mut PageService, image: &Image, runtime: Option<&Runtime>) {
     if let Some(runtime) = runtime {
         pages.about(image.digest, runtime.manifest);
     }
@@ -106,7 +123,7 @@ async fn served(
     reference: &Reference,
     choice: &Choice,
     options: &ClientOptions,
-) -> Result<Option<(Image, Option<LoadedRuntimeImage>)>, NodeError> {
+) -> Result<Option<(Image, Option<Runtime>)>, NodeError> {
     let choice_sent = match choice {
         Choice::Without => return Ok(None),
         Choice::Any => wire::Choice::Any,
@@ -139,21 +156,21 @@ async fn believe(
     reference: &Reference,
     choice: &Choice,
     metadata: Metadata,
-) -> Result<(Image, Option<LoadedRuntimeImage>), NodeError> {
-    let store = store.with_blobs(metadata.blobs);
+) -> Result<(Image, Option<Runtime>), NodeError> {
+    let answered = store.with_blobs(metadata.blobs);
     // A tag is what the server says it is; a digest is not.
     let named = match (reference.digest(), metadata.document) {
         (None, Some(document)) => reference.with_digest(document),
         _ => reference.clone(),
     };
-    let image = store.resolve(&named).await?;
+    let image = answered.resolve(&named).await?;
     let Some(artifact) = metadata.artifact else {
         return match choice {
             Choice::Any => Ok((image, None)),
             _ => Err(PackError::NoRuntimeImage { image: image.digest }.into()),
         };
     };
-    let runtime = pack::load(&store, state.root(), &image, pack::Choice::Pinned(artifact)).await?;
+    let runtime = find(state, &answered, store, &image, pack::Choice::Pinned(artifact)).await?;
     let asked_for = match choice {
         Choice::Service(name) => runtime.service.service == *name,
         Choice::Pinned(digest) => artifact == *digest,
@@ -171,17 +188,42 @@ async fn load(
     store: &Store,
     image: &Image,
     choice: &Choice,
-) -> Result<Option<LoadedRuntimeImage>, NodeError> {
+) -> Result<Option<Runtime>, NodeError> {
     let wanted = match choice {
         Choice::Without => return Ok(None),
         Choice::Any => pack::Choice::Only,
         Choice::Service(name) => pack::Choice::Service(name),
         Choice::Pinned(digest) => pack::Choice::Pinned(*digest),
     };
-    match pack::load(store, state.root(), image, wanted).await {
-        Err(PackError::NoRuntimeImage { .. }) if *choice == Choice::Any => Ok(None),
-        loaded => Ok(Some(loaded?)),
+    match find(state, store, store, image, wanted).await {
+        Err(NodeError::Pack(PackError::NoRuntimeImage { .. })) if *choice == Choice::Any => Ok(None),
+        found => Ok(Some(found?)),
     }
+}
+
+/// A runtime image with its page table and, unless it was mounted here before, with its files; what is not known here
+/// is in `metadata`, the layers are in `store`.
+async fn find(
+    state: &State,
+    metadata: &Store,
+    store: &Store,
+    image: &Image,
+    choice: pack::Choice<'_>,
+) -> Result<Runtime, NodeError> {
+    let found = pack::find(metadata, image, choice).await?;
+    let (manifest, artifact) = (found.manifest, found.artifact.clone());
+    if state.kept(&manifest).exists() {
+        // What is kept was made of parts that fitted each other and the image, and all of them are named by digest.
+        let service = found.service(metadata, state.root()).await?;
+        let (image, store, state) = (image.clone(), store.clone(), state.root().to_owned());
+        let source = FilesSource { found, image, store, state };
+        let files = LazyFiles::Later(OnceCell::new(), Box::new(source));
+        return Ok(Runtime { manifest, artifact, service, files });
+    }
+    let loaded = found.load(metadata, state.root(), image).await?;
+    let layers = ImageLayers::new(state.root(), store.clone(), loaded.index, loaded.windows)?;
+    let files = LazyFiles::Loaded(ImageFiles { tree: Arc::new(loaded.tree), layers: Arc::new(layers) });
+    Ok(Runtime { manifest, artifact, service: loaded.service, files })
 }
 
 /// The layout `resolved/`.
@@ -202,9 +244,10 @@ impl Memory {
     async fn recall(
         &self,
         state: &State,
+        store: &Store,
         reference: &Reference,
         choice: &Choice,
-    ) -> Option<(Image, Option<LoadedRuntimeImage>)> {
+    ) -> Option<(Image, Option<Runtime>)> {
         let known = self.reference.with_tag(&self.image_tag(reference)).ok()?;
         let image = self.store.resolve(&known).await.ok()?;
         if *choice == Choice::Without {
@@ -216,7 +259,7 @@ impl Memory {
             return Some((image, None));
         }
         let pinned = pack::Choice::Pinned(artifact);
-        let runtime = pack::load(&self.store, state.root(), &image, pinned).await.ok()?;
+        let runtime = find(state, &self.store, store, &image, pinned).await.ok()?;
         Some((image, Some(runtime)))
     }
 

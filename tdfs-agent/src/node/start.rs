@@ -17,14 +17,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tdfs_common::page::PAGE_SIZE;
+use tokio::task::JoinHandle;
 
 use super::container::{Container, Created, Making};
 use super::fetching::{Fetching, Rest};
-use super::prepare::Prepared;
+use super::files::LazyFiles;
+use super::prepare::{Prepared, keep};
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::timeline::{Moments, Recording, Stages};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{ImageLayers, Progress, SourceUse, bytes_missing};
+use crate::fetch::{Progress, SourceUse, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
 use crate::record::Probe;
 use crate::record::sandbox::{Exit, Forward, Launch, Network, Sandbox};
@@ -87,7 +89,9 @@ pub struct Running {
     recording: Option<Arc<Recording>>,
     container: Container,
     fetching: Option<Fetching>,
-    layers: Arc<ImageLayers>,
+    files: Arc<LazyFiles>,
+    /// The metadata of its mount is being kept for the next.
+    keeping: Option<JoinHandle<()>>,
     resolved: Resolved,
 }
 
@@ -120,6 +124,7 @@ pub async fn start(
         }
         progress(done, total);
     };
+    let manifest = resolved.runtime.as_ref().map(|runtime| runtime.manifest);
     let prepared = Prepared::new(state, &mut resolved, &pulling).await?;
     let pulled = resolved.requests();
     let missing = prepared.hot.as_ref().map_or(0, |(_, zone)| zone.missing().count());
@@ -201,7 +206,7 @@ pub async fn start(
         started = starting => started,
         never = shown => match never {},
     };
-    let container = match started {
+    let mut container = match started {
         Ok(container) => container,
         Err((error, container)) => {
             let error = match fetching {
@@ -215,6 +220,11 @@ pub async fn start(
         }
     };
 
+    let keepable = manifest.and_then(|manifest| Some((manifest, container.rootfs.keepable()?)));
+    let keeping = keepable.map(|(manifest, keepable)| {
+        tokio::spawn(keep(keepable, Arc::clone(&prepared.files), state.kept(&manifest), manifest))
+    });
+
     let (cold, waited) = (container.rootfs.cold_stats(), container.rootfs.wait_stats());
     (report.cold_pages, report.cold_requests) = (cold.cold_pages, cold.cold_requests);
     (report.waited_pages, report.waited_requests) = (waited.waited_pages, waited.waited_requests);
@@ -222,7 +232,7 @@ pub async fn start(
     if let Some((_, zone)) = &prepared.hot {
         report.pages_needed = zone.needed().count();
         report.pages_present = report.pages_needed - missing.min(report.pages_needed);
-        report.layer_bytes = prepared.layer_stats().bytes;
+        report.layer_bytes = prepared.files.layer_stats().bytes;
         if let Some(fetching) = &mut fetching {
             let used = sources.list();
             report.data_requests = used.iter().filter(|s| s.pages + s.bytes > 0).map(|s| s.requests).sum();
@@ -254,10 +264,14 @@ pub async fn start(
     let used = std::iter::once(local).chain(sources.list()).chain(std::iter::once(layers));
     report.sources = used.filter(|s| s.pages + s.bytes + s.requests > 0).collect();
     let service = prepared.hot.as_ref().map(|(service, _)| Arc::clone(service));
-    let recording = moments
-        .map(|m| m.recording(reference.to_string(), &report, stages, Arc::clone(&prepared.tree), service));
-    let recording = recording.map(Arc::new);
-    Ok(Running { report, recording, container, fetching, layers: prepared.layers, resolved })
+    let recording = match moments {
+        Some(moments) => {
+            let tree = Arc::clone(&prepared.files.get().await?.tree);
+            Some(Arc::new(moments.recording(reference.to_string(), &report, stages, tree, service)))
+        }
+        None => None,
+    };
+    Ok(Running { report, recording, container, fetching, files: prepared.files, keeping, resolved })
 }
 
 impl Running {
@@ -281,7 +295,11 @@ impl Running {
         if let Some(fetching) = self.fetching {
             fetching.end(rest).await;
         }
-        if let Err(error) = self.layers.flush().await {
+        if let Some(keeping) = self.keeping {
+            // It warns of what went wrong itself.
+            let _ = keeping.await;
+        }
+        if let Err(error) = self.files.flush().await {
             tracing::warn!("the cold pages are not durable: {error}");
         }
         self.resolved.remembered().await;

@@ -3,6 +3,7 @@
 //! ```text
 //! resolved/   an OCI layout: manifests and configurations of the images started here (`resolve`)
 //! metadata/   metadata of their runtime images, by digest (`pack::load`)
+//! mounts/     file system metadata of mounts, by artifact manifest, for the next mount (`rootfs::Kept`)
 //! zones/      the runtime page cache, one zone per group (`rtpc`)
 //! layers/     uncompressed layers, sparse where only spans of them were read (`fetch::layers`)
 //! images/     trees and layer indexes of images that were pulled whole
@@ -18,6 +19,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use tdfs_common::digest::Digest;
 
 use super::NodeError;
 use crate::rootfs::RunDir;
@@ -47,6 +50,11 @@ impl State {
     /// What registries said, an OCI layout.
     pub fn resolved(&self) -> PathBuf {
         self.root.join("resolved")
+    }
+
+    /// Metadata that a mount with the runtime image `manifest` left for the next.
+    pub fn kept(&self, manifest: &Digest) -> PathBuf {
+        self.root.join("mounts").join(manifest.hex())
     }
 
     /// Directories of what runs.

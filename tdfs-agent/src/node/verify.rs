@@ -11,7 +11,7 @@ use serde::Serialize;
 use tdfs_common::digest::Digest;
 use tdfs_common::page::PAGE_SIZE;
 
-use super::{NodeError, Prepared, State};
+use super::{ImageFiles, NodeError, State};
 use crate::fetch::{ImageLayers, PageService, Progress, fetch};
 use crate::oci::{Image, Store};
 use crate::pack::{self, Choice, FileRun};
@@ -42,7 +42,7 @@ pub async fn verify(
 ) -> Result<Verified, NodeError> {
     let wrong = |reason: String| NodeError::Wrong { manifest, reason };
     let runtime = pack::load(store, state.root(), image, Choice::Pinned(manifest)).await?;
-    let (whole, ..) = Prepared::pull(state, store, image, progress).await?;
+    let (whole, ..) = ImageFiles::pull(state, store, image, progress).await?;
     if runtime.tree != *whole.tree {
         return Err(wrong("its tree is not that of the image's layers".into()));
     }

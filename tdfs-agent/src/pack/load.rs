@@ -112,6 +112,30 @@ async fn describe(store: &Store, manifest: Descriptor) -> Result<Available, Pack
     Ok(Available::new(manifest, &annotations))
 }
 
+/// A runtime image that belongs to its image, as far as its manifest says.
+#[derive(Clone, Debug)]
+pub struct FoundRuntimeImage {
+    /// Of the artifact manifest.
+    pub manifest: Digest,
+    /// The artifact manifest as stored.
+    pub artifact: Bytes,
+    parsed: Manifest,
+}
+
+/// Finds a runtime image of `image`.
+pub async fn find(store: &Store, image: &Image, choice: Choice<'_>) -> Result<FoundRuntimeImage, PackError> {
+    let manifest = match choice {
+        Choice::Pinned(digest) => digest,
+        Choice::Only | Choice::Service(_) => choose(&list(store, image).await?, &image.digest, choice)?,
+    };
+    let (artifact, parsed) = artifact_manifest(store, &manifest).await?;
+    let found = FoundRuntimeImage { manifest, artifact, parsed };
+    if found.parsed.subject.as_ref().map(|s| s.digest) != Some(image.digest) {
+        return Err(found.damaged("belongs to another image"));
+    }
+    Ok(found)
+}
+
 /// Loads a runtime image of `image`, keeping its metadata in the `state` directory.
 pub async fn load(
     store: &Store,
@@ -119,35 +143,53 @@ pub async fn load(
     image: &Image,
     choice: Choice<'_>,
 ) -> Result<LoadedRuntimeImage, PackError> {
-    let digest = match choice {
-        Choice::Pinned(digest) => digest,
-        Choice::Only | Choice::Service(_) => choose(&list(store, image).await?, &image.digest, choice)?,
-    };
-    let (artifact, manifest) = artifact_manifest(store, &digest).await?;
-    let damaged = |reason: &str| PackError::Damaged { what: digest.to_string(), reason: reason.to_owned() };
-    if manifest.subject.as_ref().map(|s| s.digest) != Some(image.digest) {
-        return Err(damaged("belongs to another image"));
-    }
-    let cache = state.join("metadata");
-    let part = |kind| layer(&manifest, &digest, kind);
-    let (service, tree, index) = tokio::try_join!(
-        metadata::<Service>(store, &cache, part(SERVICE_TYPE)?),
-        metadata::<Tree>(store, &cache, part(TREE_TYPE)?),
-        metadata::<LayerIndex>(store, &cache, part(LAYER_INDEX_TYPE)?),
-    )?;
-    let windows = match index.windows {
-        Some(named) => {
-            let windows = part(WINDOWS_TYPE)?;
-            if (windows.digest, windows.size) != named {
-                return Err(damaged("holds the windows of another layer index"));
+    find(store, image, choice).await?.load(store, state, image).await
+}
+
+impl FoundRuntimeImage {
+    /// All of it.
+    pub async fn load(
+        self,
+        store: &Store,
+        state: &Path,
+        image: &Image,
+    ) -> Result<LoadedRuntimeImage, PackError> {
+        let cache = state.join("metadata");
+        let (service, tree, index) = tokio::try_join!(
+            metadata::<Service>(store, &cache, self.part(SERVICE_TYPE)?),
+            metadata::<Tree>(store, &cache, self.part(TREE_TYPE)?),
+            metadata::<LayerIndex>(store, &cache, self.part(LAYER_INDEX_TYPE)?),
+        )?;
+        let windows = match index.windows {
+            Some(named) => {
+                let windows = self.part(WINDOWS_TYPE)?;
+                if (windows.digest, windows.size) != named {
+                    return Err(self.damaged("holds the windows of another layer index"));
+                }
+                Some(windows.clone())
             }
-            Some(windows.clone())
+            None => None,
+        };
+        let Self { manifest, artifact, parsed } = self;
+        let loaded = LoadedRuntimeImage { manifest, artifact, service, tree, index, windows };
+        match loaded.check(image, &parsed) {
+            Ok(()) => Ok(loaded),
+            Err(reason) => Err(PackError::Damaged { what: manifest.to_string(), reason: reason.to_owned() }),
         }
-        None => None,
-    };
-    let loaded = LoadedRuntimeImage { manifest: digest, artifact, service, tree, index, windows };
-    loaded.check(image, &manifest).map_err(damaged)?;
-    Ok(loaded)
+    }
+
+    /// Its page table alone. Whoever uses it without the rest must know that all of it fits the image.
+    pub async fn service(&self, store: &Store, state: &Path) -> Result<Service, PackError> {
+        metadata(store, &state.join("metadata"), self.part(SERVICE_TYPE)?).await
+    }
+
+    fn part(&self, kind: &str) -> Result<&Descriptor, PackError> {
+        layer(&self.parsed, &self.manifest, kind)
+    }
+
+    fn damaged(&self, reason: &str) -> PackError {
+        PackError::Damaged { what: self.manifest.to_string(), reason: reason.to_owned() }
+    }
 }
 
 /// The artifact manifest of the runtime image that `choice` means, of those `available` for the image.

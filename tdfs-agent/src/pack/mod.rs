@@ -29,7 +29,7 @@ use crate::oci::OciError;
 
 pub(crate) use attach::layer;
 pub use attach::{Attached, attach, read_group};
-pub use load::{Available, Choice, LoadedRuntimeImage, known, list, load};
+pub use load::{Available, Choice, FoundRuntimeImage, LoadedRuntimeImage, find, known, list, load};
 pub(crate) use load::{choose, newest};
 pub(crate) use segment::read_pages;
 pub use segment::{Group, Pack, Packed, Report, SegmentFile, ServiceInput};

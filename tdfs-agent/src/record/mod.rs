@@ -31,6 +31,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use oci_spec::image::ImageConfiguration;
@@ -73,6 +74,8 @@ pub enum RecordError {
 pub struct RecordInput<'a> {
     /// The image, freshly mounted: nothing of it may have been read.
     pub rootfs: &'a RootFs,
+    /// Its files, as they are mounted.
+    pub tree: &'a Arc<Tree>,
     /// Its manifest.
     pub image: Digest,
     /// Its configuration.
@@ -126,12 +129,12 @@ impl Recording {
 pub async fn record(input: RecordInput<'_>) -> Result<Recording, RecordError> {
     let rootfs = input.rootfs;
     // What we read ourselves comes before the tracer, which remembers pages for good.
-    let target = Target::find(input.probe, rootfs)?;
+    let target = Target::find(input.probe, rootfs, input.tree)?;
     let mut tracer = attach(&input)?;
     let overlay = Overlay::mount(rootfs.path(), &rootfs.dir().join(input.id))?;
     let readiness = match &mut tracer {
-        Some(tracer) => Readiness::prepare_traced(input.probe, target, rootfs, tracer)?,
-        None => Readiness::prepare(input.probe, rootfs, overlay.path())?,
+        Some(tracer) => Readiness::prepare_traced(input.probe, target, rootfs, input.tree, tracer)?,
+        None => Readiness::prepare(input.probe, rootfs, input.tree, overlay.path())?,
     };
     let bundle = rootfs.dir().join(format!("{}.bundle", input.id));
     let launch = Launch::create(input.id, &bundle, input.runc_root)?;
@@ -164,7 +167,7 @@ fn attach(input: &RecordInput<'_>) -> Result<Option<Tracer>, RecordError> {
     if input.method == Some(Method::Residency) {
         return Ok(None);
     }
-    let sizes = input.rootfs.tree().inodes.iter().map(Inode::file_size);
+    let sizes = input.tree.inodes.iter().map(Inode::file_size);
     let mut options = TracerOptions::new(input.rootfs.device(), sizes);
     options.method = input.method;
     options.ring_bytes = input.ring_bytes;
@@ -214,14 +217,14 @@ fn finish(
     moments: Moments,
     tracer: Option<Tracer>,
 ) -> Result<Recording, RecordError> {
-    let rootfs = input.rootfs;
+    let (rootfs, tree) = (input.rootfs, input.tree);
     let known = |runs: Vec<PageRun>| -> Vec<(u32, PageRun)> {
-        runs.into_iter().filter_map(|run| clamp(rootfs, run)).collect()
+        runs.into_iter().filter_map(|run| clamp(rootfs, tree, run)).collect()
     };
     let (method, runs, oracle, lost, diagnostics) = if let Some(tracer) = tracer {
         let method = tracer.method();
         let events = tracer.finish()?;
-        let resident = oracle::resident(rootfs).map_err(RecordError::Residency)?;
+        let resident = oracle::resident(rootfs, tree).map_err(RecordError::Residency)?;
         let oracle = oracle::compare(
             &known(order::first_use(&events.pages, u64::MAX)),
             &known(order::left(&events.pages)),
@@ -230,7 +233,7 @@ fn finish(
         let runs = known(order::first_use(&events.pages, moments.ready));
         (method, runs, Some(oracle), events.lost, events.diagnostics)
     } else {
-        let resident = oracle::resident(rootfs).map_err(RecordError::Residency)?;
+        let resident = oracle::resident(rootfs, tree).map_err(RecordError::Residency)?;
         let mut inos: Vec<u32> = resident.keys().copied().collect();
         inos.sort_unstable();
         let pages = inos.iter().flat_map(|ino| {
@@ -240,7 +243,7 @@ fn finish(
         (Method::Residency, known(order::runs(pages)), None, 0, Vec::new())
     };
     let complete = lost == 0 && oracle.is_none_or(|o| o.recall >= 1.0);
-    let (files, touches) = touches(rootfs.tree(), &runs);
+    let (files, touches) = touches(tree, &runs);
     let trace = Trace {
         image: input.image,
         service: input.service.to_owned(),
@@ -257,9 +260,9 @@ fn finish(
 }
 
 /// The inode of a run, if it is a regular file, and the run without pages past its end.
-fn clamp(rootfs: &RootFs, mut run: PageRun) -> Option<(u32, PageRun)> {
+fn clamp(rootfs: &RootFs, tree: &Tree, mut run: PageRun) -> Option<(u32, PageRun)> {
     let ino = rootfs.ino_of(run.ino)?;
-    let pages = page::count(rootfs.tree().inodes[ino as usize].file_size());
+    let pages = page::count(tree.inodes[ino as usize].file_size());
     run.pages.end = run.pages.end.min(u32::try_from(pages).unwrap_or(u32::MAX));
     (!run.pages.is_empty()).then_some((ino, run))
 }
@@ -289,14 +292,10 @@ struct ImageFile<'a> {
 }
 
 impl<'a> ImageFile<'a> {
-    fn of(rootfs: &'a RootFs, ino: u32) -> Self {
-        Self { ino, tree: rootfs.tree() }
-    }
-
     /// The file at `path`, through symbolic links of the image.
-    fn find(rootfs: &'a RootFs, path: &[u8]) -> Option<Self> {
-        let found = Self::of(rootfs, rootfs.tree().resolve(path)?);
-        matches!(found.tree.inodes[found.ino as usize].body, Body::Regular { .. }).then_some(found)
+    fn find(tree: &'a Tree, path: &[u8]) -> Option<Self> {
+        let ino = tree.resolve(path)?;
+        matches!(tree.inodes[ino as usize].body, Body::Regular { .. }).then_some(Self { ino, tree })
     }
 
     /// Its path, free of symbolic links, where the image is mounted at `mount`.

@@ -6,7 +6,7 @@ use std::io;
 
 use serde::Serialize;
 use tdfs_common::bitmap::PageBitmap;
-use tdfs_common::tree::Body;
+use tdfs_common::tree::{Body, Tree};
 
 use super::order::PageRun;
 use super::residency;
@@ -28,8 +28,7 @@ pub struct Oracle {
 }
 
 /// Resident pages of every regular file of the mount that has any, by the tree's inode number.
-pub(super) fn resident(rootfs: &RootFs) -> io::Result<HashMap<u32, PageBitmap>> {
-    let tree = rootfs.tree();
+pub(super) fn resident(rootfs: &RootFs, tree: &Tree) -> io::Result<HashMap<u32, PageBitmap>> {
     let paths = tree.paths();
     let mut found = HashMap::new();
     for (ino, inode) in tree.inodes.iter().enumerate() {

@@ -105,10 +105,10 @@ pub(super) enum Target {
 
 impl Target {
     /// Looks the probe's file and symbol up. The pages this reads are dropped again: they are not the service's.
-    pub(super) fn find(probe: &Probe, rootfs: &RootFs) -> Result<Self, ReadyError> {
+    pub(super) fn find(probe: &Probe, rootfs: &RootFs, tree: &Tree) -> Result<Self, ReadyError> {
         let find = |path: &str| {
             let reason = || "no such file in the image".to_owned();
-            let found = ImageFile::find(rootfs, path.as_bytes());
+            let found = ImageFile::find(tree, path.as_bytes());
             found.ok_or_else(|| ReadyError::File { path: path.to_owned(), reason: reason() })
         };
         match probe {
@@ -130,7 +130,6 @@ impl Target {
 /// A probe that watches from before the container starts.
 pub struct Readiness {
     probe: Probe,
-    tree: Arc<Tree>,
     means: Means,
 }
 
@@ -144,29 +143,39 @@ enum Means {
     Mark(AsyncFd<Fanotify>),
     /// A user probe of our own.
     Uprobe(Box<Tracer>),
-    /// The tracer that records.
-    Events(Target),
+    /// The tracer that records, and the files of the image.
+    Events(Target, Arc<Tree>),
 }
 
 impl Readiness {
-    /// For a container over `rootfs` whose overlay is mounted at `merged`; to be called before it starts, on a
-    /// multi-threaded runtime: it may read the image.
-    pub fn prepare(probe: &Probe, rootfs: &RootFs, merged: &Path) -> Result<Self, ReadyError> {
-        let means = match (Target::find(probe, rootfs)?, probe) {
-            (Target::File(ino), Probe::Open(_)) => {
-                Means::Mark(mark(rootfs, merged, ino, MaskFlags::FAN_OPEN)?)
-            }
+    /// For a container over `rootfs`, a mount of `tree`, whose overlay is mounted at `merged`; to be called before it
+    /// starts, on a multi-threaded runtime: it may read the image.
+    pub fn prepare(probe: &Probe, rootfs: &RootFs, tree: &Tree, merged: &Path) -> Result<Self, ReadyError> {
+        if let Some(readiness) = Self::without_files(probe) {
+            return Ok(readiness);
+        }
+        let means = match (Target::find(probe, rootfs, tree)?, probe) {
+            (Target::File(ino), Probe::Open(_)) => Means::Mark(mark(tree, merged, ino, MaskFlags::FAN_OPEN)?),
             // Minimum kernel version 5.0.
-            (Target::File(ino), _) => Means::Mark(mark(rootfs, merged, ino, MaskFlags::FAN_OPEN_EXEC)?),
+            (Target::File(ino), _) => Means::Mark(mark(tree, merged, ino, MaskFlags::FAN_OPEN_EXEC)?),
             (Target::Function(ino, offset), _) => {
                 let mut tracer = Tracer::uprobe_only()?;
-                tracer.attach_uprobe(&ImageFile::of(rootfs, ino).path_in(rootfs.path()), offset)?;
+                tracer.attach_uprobe(&ImageFile { ino, tree }.path_in(rootfs.path()), offset)?;
                 Means::Uprobe(Box::new(tracer))
             }
-            (Target::None, Probe::Log(_)) => Means::Lines(watch::Sender::new(None)),
             (Target::None, _) => Means::None,
         };
-        Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
+        Ok(Self { probe: probe.clone(), means })
+    }
+
+    /// The same for a probe that points at nothing in the image; `None` for others.
+    pub fn without_files(probe: &Probe) -> Option<Self> {
+        let means = match probe {
+            Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
+            Probe::Tcp(_) | Probe::Http(_) | Probe::Exit(_) => Means::None,
+            Probe::Open(_) | Probe::Exec(_) | Probe::Uprobe { .. } => return None,
+        };
+        Some(Self { probe: probe.clone(), means })
     }
 
     /// The same with the kernel events of `tracer`.
@@ -174,21 +183,22 @@ impl Readiness {
         probe: &Probe,
         target: Target,
         rootfs: &RootFs,
+        tree: &Arc<Tree>,
         tracer: &mut Tracer,
     ) -> Result<Self, ReadyError> {
         match (target, probe) {
             (Target::File(ino), Probe::Open(_)) => tracer.watch_inode(rootfs.nid_of(ino))?,
             (Target::Function(ino, offset), _) => {
-                tracer.attach_uprobe(&ImageFile::of(rootfs, ino).path_in(rootfs.path()), offset)?;
+                tracer.attach_uprobe(&ImageFile { ino, tree }.path_in(rootfs.path()), offset)?;
             }
             _ => {}
         }
         let means = match probe {
             Probe::Log(_) => Means::Lines(watch::Sender::new(None)),
             Probe::Exit(_) => Means::None,
-            _ => Means::Events(target),
+            _ => Means::Events(target, Arc::clone(tree)),
         };
-        Ok(Self { probe: probe.clone(), tree: Arc::clone(rootfs.tree()), means })
+        Ok(Self { probe: probe.clone(), means })
     }
 
     /// Must be given to the container.
@@ -233,10 +243,10 @@ impl Readiness {
     }
 
     async fn condition(self, sandbox: &Sandbox, tracer: Option<&mut Tracer>) -> Result<u64, ReadyError> {
-        let Self { probe, tree, means } = self;
+        let Self { probe, means } = self;
         let pid = sandbox.init_pid();
         match (&probe, means, tracer) {
-            (Probe::Tcp(port), Means::Events(_), Some(tracer)) => listening(tracer, *port).await,
+            (Probe::Tcp(port), Means::Events(..), Some(tracer)) => listening(tracer, *port).await,
             (&Probe::Tcp(port), ..) => {
                 let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
                 let connects =
@@ -244,7 +254,7 @@ impl Readiness {
                 retry(pid, move || loopback.iter().any(connects)).await
             }
             (Probe::Http(http), means, tracer) => {
-                if let (Means::Events(_), Some(tracer)) = (means, tracer) {
+                if let (Means::Events(..), Some(tracer)) = (means, tracer) {
                     listening(tracer, http.address().1).await?;
                 }
                 let http = http.clone();
@@ -269,7 +279,7 @@ impl Readiness {
                 Ok(now())
             }
             (_, Means::Uprobe(mut tracer), _) => Ok(tracer.notice(|n| n.what == What::Uprobe).await?.ktime),
-            (_, Means::Events(target), Some(tracer)) => {
+            (_, Means::Events(target, tree), Some(tracer)) => {
                 let wanted = |n: &Notice| match (&n.what, &probe, target) {
                     (What::Page, Probe::Open(_), _) | (What::Uprobe, Probe::Uprobe { .. }, _) => true,
                     (What::Exec(filename, interp), Probe::Exec(_), Target::File(ino)) => {
@@ -280,7 +290,7 @@ impl Readiness {
                 Ok(tracer.notice(wanted).await?.ktime)
             }
             // Means without what they belong to are never made.
-            (_, Means::None | Means::Lines(_) | Means::Events(_), _) => std::future::pending().await,
+            (_, Means::None | Means::Lines(_) | Means::Events(..), _) => std::future::pending().await,
         }
     }
 }
@@ -297,8 +307,8 @@ async fn listening(tracer: &mut Tracer, port: u16) -> Result<u64, ReadyError> {
 }
 
 /// A group that becomes readable when the file is opened through the overlay. Marking an inode reads none of its pages.
-fn mark(rootfs: &RootFs, merged: &Path, ino: u32, mask: MaskFlags) -> Result<AsyncFd<Fanotify>, ReadyError> {
-    let at = ImageFile::of(rootfs, ino).path_in(merged);
+fn mark(tree: &Tree, merged: &Path, ino: u32, mask: MaskFlags) -> Result<AsyncFd<Fanotify>, ReadyError> {
+    let at = ImageFile { ino, tree }.path_in(merged);
     let failed = io_error::<Errno>("fanotify");
     let init = InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
     let group = Fanotify::init(init, EventFFlags::O_RDONLY | EventFFlags::O_CLOEXEC).map_err(&failed)?;

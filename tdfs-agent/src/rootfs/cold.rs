@@ -18,7 +18,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use tdfs_common::page::{self, PAGE_SIZE};
 use tdfs_common::tree::{Body, Extent, Tree};
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 
 use super::awaited::{Awaited, WaitStats};
 use super::reads::{Read, ReadLog};
@@ -33,6 +33,16 @@ pub trait ColdSource: Send + Sync + 'static {
     /// takes all requests.
     fn read(&self, layer: u32, offset: u64, len: usize) -> BoxFuture<'_, Result<Bytes, i32>>;
 }
+
+/// An image whose files nobody has needed so far.
+pub trait ColdImage: Send + Sync + 'static {
+    /// Its tree and layers, or the errno that readers get. Asked for at the first cold read and, if that fails, at the
+    /// next. Must not block, and must end some day.
+    fn open(&self) -> BoxFuture<'_, Result<ColdFiles, i32>>;
+}
+
+/// What the files of an image are, and where their bytes come from.
+pub type ColdFiles = (Arc<Tree>, Arc<dyn ColdSource>);
 
 /// Which file each block of the cold device belongs to.
 #[derive(Debug, Clone)]
@@ -113,9 +123,10 @@ pub struct ColdStats {
 
 /// The cold device of one image.
 pub struct ColdDevice {
-    tree: Arc<Tree>,
-    map: ColdMap,
-    source: Arc<dyn ColdSource>,
+    blocks: u32,
+    files: OnceCell<Files>,
+    /// Where the files come from when they are needed.
+    image: Option<Arc<dyn ColdImage>>,
     awaited: Option<Awaited>,
     slots: Semaphore,
     pages: AtomicU64,
@@ -123,12 +134,43 @@ pub struct ColdDevice {
     log: OnceLock<Arc<ReadLog>>,
 }
 
+/// What the device is made of.
+struct Files {
+    tree: Arc<Tree>,
+    map: ColdMap,
+    source: Arc<dyn ColdSource>,
+}
+
 impl ColdDevice {
     /// The device over `tree`, with the map of the same tree.
     pub fn new(tree: Arc<Tree>, map: ColdMap, source: Arc<dyn ColdSource>, awaited: Option<Awaited>) -> Self {
+        let blocks = map.blocks;
+        Self::with(blocks, OnceCell::new_with(Some(Files { tree, map, source })), None, awaited)
+    }
+
+    /// The device of `blocks` blocks over an image that is opened at the first read.
+    pub fn late(blocks: u32, image: Arc<dyn ColdImage>) -> Self {
+        Self::with(blocks, OnceCell::new(), Some(image), None)
+    }
+
+    fn with(
+        blocks: u32,
+        files: OnceCell<Files>,
+        image: Option<Arc<dyn ColdImage>>,
+        awaited: Option<Awaited>,
+    ) -> Self {
         let slots = Semaphore::new(READS_MAX);
         let (pages, requests, log) = Default::default();
-        Self { tree, map, source, awaited, slots, pages, requests, log }
+        Self { blocks, files, image, awaited, slots, pages, requests, log }
+    }
+
+    async fn files(&self) -> Result<&Files, i32> {
+        let open = || async {
+            let (tree, source) = self.image.as_ref().ok_or(libc::EIO)?.open().await?;
+            let map = ColdMap::new(&tree).filter(|map| map.blocks == self.blocks).ok_or(libc::EIO)?;
+            Ok(Files { tree, map, source })
+        };
+        self.files.get_or_try_init(open).await
     }
 
     /// Logs reads from now on; the first log stays.
@@ -138,7 +180,7 @@ impl ColdDevice {
 
     /// Bytes of the device.
     pub fn size(&self) -> u64 {
-        u64::from(self.map.blocks) * PAGE_SIZE as u64
+        u64::from(self.blocks) * PAGE_SIZE as u64
     }
 
     /// What was read so far.
@@ -157,7 +199,8 @@ impl ColdDevice {
     /// Exactly `len` bytes at `offset`, or an errno: the kernel takes what a short answer lacks for zeros. Any number of
     /// reads may wait for awaited pages at a time, and a few may hold data.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, i32> {
-        let pieces = self.pieces(offset, len).ok_or(libc::EIO)?;
+        let files = self.files().await?;
+        let pieces = self.pieces(files, offset, len).ok_or(libc::EIO)?;
         let hot = |piece: &&Piece| matches!(piece, Piece::Awaited { .. });
         let cold = len - pieces.iter().filter(hot).map(Piece::len).sum::<usize>();
         if cold > 0 {
@@ -172,45 +215,39 @@ impl ColdDevice {
             let (waited, arrived) = awaited.wait(parts).await;
             if let (Some(log), Some(waited)) = (self.log.get(), waited) {
                 let error = arrived.err();
-                log.add_wait(self.logged(offset, waited.begin, waited.took, waited.pages, error));
+                log.add_wait(files.logged(offset, waited.begin, waited.took, waited.pages, error));
             }
             arrived?;
         }
         let Some(log) = self.log.get().filter(|_| cold > 0) else {
-            return self.gather(&pieces, len).await;
+            return self.gather(files, &pieces, len).await;
         };
         let begin = Instant::now();
-        let bytes = self.gather(&pieces, len).await;
+        let bytes = self.gather(files, &pieces, len).await;
         let error = bytes.as_ref().err().copied();
-        log.add_cold(self.logged(offset, begin, begin.elapsed(), page::count(cold as u64), error));
+        log.add_cold(files.logged(offset, begin, begin.elapsed(), page::count(cold as u64), error));
         bytes
     }
 
-    /// For the log: a read at `offset`.
-    fn logged(&self, offset: u64, begin: Instant, took: Duration, pages: u64, error: Option<i32>) -> Read {
-        let (ino, page) = self.map.locate((offset / PAGE_SIZE as u64) as u32).unwrap_or_default();
-        Read { begin, took, ino, page, pages, error }
-    }
-
-    async fn gather(&self, pieces: &[Piece], len: usize) -> Result<Bytes, i32> {
+    async fn gather(&self, files: &Files, pieces: &[Piece], len: usize) -> Result<Bytes, i32> {
         // The semaphore is never closed.
         let _slot = self.slots.acquire().await.ok();
         if let [piece] = pieces {
-            return self.read_piece(piece).await;
+            return self.read_piece(files, piece).await;
         }
         let mut bytes = BytesMut::with_capacity(len);
         for piece in pieces {
             match piece {
                 Piece::Zeros(len) => bytes.resize(bytes.len() + len, 0),
-                piece => bytes.extend_from_slice(&self.read_piece(piece).await?),
+                piece => bytes.extend_from_slice(&self.read_piece(files, piece).await?),
             }
         }
         Ok(bytes.freeze())
     }
 
-    async fn read_piece(&self, piece: &Piece) -> Result<Bytes, i32> {
+    async fn read_piece(&self, files: &Files, piece: &Piece) -> Result<Bytes, i32> {
         let bytes = match (piece, &self.awaited) {
-            (&Piece::Layer { layer, offset, len }, _) => self.source.read(layer, offset, len).await?,
+            (&Piece::Layer { layer, offset, len }, _) => files.source.read(layer, offset, len).await?,
             (&Piece::Awaited { offset, len }, Some(awaited)) => awaited.read(offset, len).await?,
             (Piece::Awaited { .. }, None) => return Err(libc::EIO),
             (Piece::Zeros(len), _) => vec![0; *len].into(),
@@ -219,16 +256,16 @@ impl ColdDevice {
     }
 
     /// What `len` bytes at `offset` consist of; `None` if they are not all on the device.
-    fn pieces(&self, offset: u64, len: usize) -> Option<Vec<Piece>> {
+    fn pieces(&self, files: &Files, offset: u64, len: usize) -> Option<Vec<Piece>> {
         let end = offset.checked_add(len as u64).filter(|end| *end <= self.size())?;
         let mut pieces = Vec::new();
         let mut at = offset;
         while at < end {
-            let (ino, _) = self.map.locate((at / PAGE_SIZE as u64) as u32)?;
-            let Body::Regular { size, extents, .. } = &self.tree.inodes[ino as usize].body else {
+            let (ino, _) = files.map.locate((at / PAGE_SIZE as u64) as u32)?;
+            let Body::Regular { size, extents, .. } = &files.tree.inodes[ino as usize].body else {
                 return None;
             };
-            let start = u64::from(self.map.start_of(ino)?) * PAGE_SIZE as u64;
+            let start = u64::from(files.map.start_of(ino)?) * PAGE_SIZE as u64;
             let region_end = start + page::count(*size) * PAGE_SIZE as u64;
             let stop = end.min(region_end);
             let mut from = at - start;
@@ -244,6 +281,14 @@ impl ColdDevice {
             at = stop;
         }
         Some(pieces)
+    }
+}
+
+impl Files {
+    /// For the log: a read at `offset`.
+    fn logged(&self, offset: u64, begin: Instant, took: Duration, pages: u64, error: Option<i32>) -> Read {
+        let (ino, page) = self.map.locate((offset / PAGE_SIZE as u64) as u32).unwrap_or_default();
+        Read { begin, took, ino, page, pages, error }
     }
 }
 

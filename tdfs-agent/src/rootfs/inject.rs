@@ -8,8 +8,8 @@
 //! Pages that are still under way are injected as they arrive, what has arrived in order of first use. Never before: the
 //! answer to this thread must not depend on a network.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -52,11 +52,11 @@ struct State {
 }
 
 impl Injector {
-    /// Starts to inject `runs`, in this order, into the mount of `tree` at `root`, or as they arrive.
+    /// Starts to inject `runs`, in this order, into the mount at `root`, or as they arrive.
     pub(super) fn start(
         root: BorrowedFd<'_>,
         zone: BorrowedFd<'_>,
-        tree: Arc<Tree>,
+        paths: HotPaths,
         runs: Arc<[Run]>,
         arriving: Option<(Arc<Arrivals>, Handle)>,
         read_ahead: ReadAhead,
@@ -76,7 +76,7 @@ impl Injector {
             }
             // SAFETY: both are open in this thread's own table, and nothing else in this thread knows of them.
             let (root, zone) = unsafe { (OwnedFd::from_raw_fd(root), OwnedFd::from_raw_fd(zone)) };
-            let mut files = Files { root, paths: tree.paths(), open: HashMap::new() };
+            let mut files = Files { root, paths: paths.by_inode(&runs), open: HashMap::new() };
             let injected = match &arriving {
                 None => advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
                     .and_then(|()| inject(&mut files, pieces(&runs), &shared)),
@@ -126,10 +126,40 @@ impl Drop for Injector {
     }
 }
 
+/// Where the hot files are.
+#[derive(Clone)]
+pub(super) enum HotPaths {
+    /// In this tree.
+    In(Arc<Tree>),
+    /// By inode.
+    Known(Arc<HashMap<u32, Vec<u8>>>),
+}
+
+impl HotPaths {
+    /// By inode, at least those of `runs`.
+    fn by_inode(self, runs: &[Run]) -> Arc<HashMap<u32, Vec<u8>>> {
+        match self {
+            Self::In(tree) => Arc::new(hot_paths(&tree, runs)),
+            Self::Known(paths) => paths,
+        }
+    }
+}
+
+/// The paths of the files of `runs`, by inode.
+pub(super) fn hot_paths(tree: &Tree, runs: &[Run]) -> HashMap<u32, Vec<u8>> {
+    let mut paths = tree.paths();
+    runs.iter()
+        .map(|run| run.ino)
+        .collect::<HashSet<_>>()
+        .into_iter()
+        .map(|ino| (ino, std::mem::take(&mut paths[ino as usize])))
+        .collect()
+}
+
 /// The hot files, opened on the mount when they are needed.
 struct Files {
     root: OwnedFd,
-    paths: Vec<Vec<u8>>,
+    paths: Arc<HashMap<u32, Vec<u8>>>,
     open: HashMap<u32, OwnedFd>,
 }
 
@@ -141,7 +171,8 @@ impl Files {
         match self.open.entry(ino) {
             Entry::Occupied(file) => Ok(file.into_mut()),
             Entry::Vacant(place) => {
-                let path = Path::new(OsStr::from_bytes(&self.paths[ino as usize]));
+                let path = self.paths.get(&ino).ok_or(io::ErrorKind::NotFound)?;
+                let path = Path::new(OsStr::from_bytes(path));
                 let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
                 Ok(place.insert(nix::fcntl::openat(&self.root, path, flags, Mode::empty())?))
             }

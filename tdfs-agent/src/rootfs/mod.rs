@@ -3,7 +3,7 @@
 //! ```text
 //!  overlay (rw, one per container)
 //!     | lower
-//!  EROFS mount (one per image) ---- metadata file, written here from the tree, unlinked
+//!  EROFS mount ---- metadata file, written here from the tree, unlinked, or kept by an earlier mount (kept.rs)
 //!     | device 1: zone file            hot pages, at page-cache speed
 //!     | device 2: cold device          one file of our FUSE server -> ColdSource -> layers
 //!                                                                  \-> zone file, for hot pages that came late
@@ -23,6 +23,7 @@ pub mod cold;
 pub mod erofs;
 pub mod fuse;
 pub mod inject;
+mod kept;
 mod mount;
 pub mod overlay;
 mod read_ahead;
@@ -31,7 +32,7 @@ mod rundir;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,9 +43,10 @@ use tdfs_common::tree::Tree;
 use tokio::runtime::Handle;
 
 pub use awaited::WaitStats;
-pub use cold::{ColdSource, ColdStats};
+pub use cold::{ColdFiles, ColdImage, ColdSource, ColdStats};
 pub use erofs::ErofsError;
 pub use inject::Injector;
+pub use kept::{Keepable, Kept};
 pub use mount::MountError;
 pub use overlay::Overlay;
 pub use reads::{Read, ReadLog, Reads};
@@ -52,6 +54,7 @@ pub use rundir::{RunDir, recover};
 
 use awaited::Awaited;
 use cold::ColdDevice;
+use inject::HotPaths;
 use mount::Context;
 use read_ahead::ReadAhead;
 
@@ -111,11 +114,11 @@ pub struct HotPages<'a> {
 pub struct RootFs {
     root: PathBuf,
     attached: bool,
-    nids: Vec<u64>,
+    nids: Arc<[u64]>,
     device: u64,
-    tree: Arc<Tree>,
-    hot: Option<(File, Arc<[Run]>)>,
-    arrivals: Option<Arc<Arrivals>>,
+    hot: Option<Hot>,
+    /// The metadata, if another mount may use it.
+    keepable: Option<File>,
     runtime: Handle,
     read_ahead: ReadAhead,
     cold: Arc<ColdDevice>,
@@ -144,51 +147,41 @@ impl RootFs {
         let metadata = erofs::write(&tree, &present, hot.map_or(0, |h| h.zone_pages))?;
 
         let failed = RootfsError::io(dir.path());
-        let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source, awaited));
-        let (server, cold_file) = fuse::serve(Arc::clone(&cold), runtime)?;
         // Without a name there is nothing to clean up.
         let unnamed =
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(dir.path());
         let mut file = unnamed.map_err(&failed)?;
         file.write_all(&metadata.image).map_err(&failed)?;
+        let keepable = hot.filter(|h| h.arrivals.is_none()).map(|_| file.try_clone()).transpose();
+        let keepable = keepable.map_err(&failed)?;
 
-        let (context, read_ahead) = ReadAhead::of_new(|| {
-            let context = Context::open("erofs")?;
-            context.set("source", mount::fd_path(&file))?;
-            for device in zone.iter().filter(|_| !present.is_empty()).chain([&cold_file]) {
-                context.set("device", mount::fd_path(device))?;
-            }
-            context.flag("ro")?;
-            Ok(context)
-        })
-        .map_err(|error| match error.source.raw_os_error() {
-            Some(libc::ENOTBLK) => RootfsError::NotOnDisk(dir.path().to_owned()),
-            _ => error.into(),
-        })?;
-        read_ahead.set(0).map_err(&failed)?;
-        // The host gets no devices and no setuid programs from an image; containers do, through their overlay.
-        let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-        let root_fd = context.mount(attributes)?;
-        let device = File::open(mount::fd_path(&root_fd)).and_then(|f| f.metadata()).map_err(&failed)?.dev();
-        let root = dir.path().join("root");
-        let attached = std::fs::create_dir(&root).and_then(|()| mount::attach(&root_fd, &root));
-        let mut rootfs = Self {
-            root,
-            attached: false,
-            nids: metadata.nids,
-            device,
-            tree,
-            hot: zone.zip(hot.map(|h| h.runs.into())),
-            arrivals: hot.and_then(|h| h.arrivals).cloned(),
-            runtime: runtime.clone(),
-            read_ahead,
-            cold,
-            _server: server,
-            dir,
-        };
-        attached.map_err(failed)?;
-        rootfs.attached = true;
-        Ok(rootfs)
+        let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source, awaited));
+        let device = zone.as_ref().filter(|_| !present.is_empty());
+        let mounted = Mounted::new(&dir, &file, device, &cold, runtime)?;
+        let hot = zone.zip(hot).map(|(zone, hot)| Hot {
+            zone,
+            runs: hot.runs.into(),
+            paths: HotPaths::In(tree),
+            arrivals: hot.arrivals.cloned(),
+        });
+        mounted.attach(dir, metadata.nids.into(), hot, keepable, cold, runtime)
+    }
+
+    /// Mounts what an earlier mount of the same image left, with the same `hot` pages, all of them present; the files of
+    /// the `image` are needed for cold reads only.
+    pub fn mount_kept(
+        dir: Arc<RunDir>,
+        kept: &Kept,
+        hot: HotPages<'_>,
+        image: Arc<dyn ColdImage>,
+        runtime: &Handle,
+    ) -> Result<Self, RootfsError> {
+        let zone = zone_of(&hot)?;
+        let cold = Arc::new(ColdDevice::late(kept.cold_blocks, image));
+        let mounted = Mounted::new(&dir, &kept.file, Some(&zone), &cold, runtime)?;
+        let (runs, paths) = (hot.runs.into(), HotPaths::Known(Arc::clone(&kept.paths)));
+        let hot = Some(Hot { zone, runs, paths, arrivals: None });
+        mounted.attach(dir, Arc::clone(&kept.nids), hot, None, cold, runtime)
     }
 
     /// Where it is mounted, read-only.
@@ -199,11 +192,6 @@ impl RootFs {
     /// Its run directory, in which containers may keep their directories.
     pub fn dir(&self) -> &Path {
         self.dir.path()
-    }
-
-    /// The tree it shows.
-    pub fn tree(&self) -> &Arc<Tree> {
-        &self.tree
     }
 
     /// Major and minor number of the mount, as stat(2) gives them.
@@ -228,13 +216,21 @@ impl RootFs {
 
     /// Starts to inject the hot pages, awaited ones as they arrive; `None` without any. End it before the mount.
     pub fn inject(&self) -> Result<Option<Injector>, RootfsError> {
-        let Some((zone, runs)) = &self.hot else { return Ok(None) };
+        let Some(hot) = &self.hot else { return Ok(None) };
         let start = |root: File| {
-            let (tree, runs) = (Arc::clone(&self.tree), Arc::clone(runs));
-            let arriving = self.arrivals.as_ref().map(|a| (Arc::clone(a), self.runtime.clone()));
-            Injector::start(root.as_fd(), zone.as_fd(), tree, runs, arriving, self.read_ahead.clone())
+            let arriving = hot.arrivals.as_ref().map(|a| (Arc::clone(a), self.runtime.clone()));
+            let (paths, runs) = (hot.paths.clone(), Arc::clone(&hot.runs));
+            Injector::start(root.as_fd(), hot.zone.as_fd(), paths, runs, arriving, self.read_ahead.clone())
         };
         File::open(&self.root).and_then(start).map(Some).map_err(RootfsError::io(&self.root))
+    }
+
+    /// The metadata of this mount, if it was written for it and all its hot pages are on the zone.
+    pub fn keepable(&mut self) -> Option<Keepable> {
+        let (hot, file) = (self.hot.as_ref()?, self.keepable.take()?);
+        let (nids, runs) = (Arc::clone(&self.nids), Arc::clone(&hot.runs));
+        let cold_blocks = (self.cold.size() / PAGE_SIZE as u64) as u32;
+        Some(Keepable { file, nids, runs, cold_blocks })
     }
 
     /// Logs what is read through the cold device from now on; the first log stays.
@@ -273,6 +269,86 @@ impl Drop for RootFs {
         if let Err(error) = self.detach() {
             tracing::warn!(path = %self.root.display(), %error, "mount left behind");
         }
+    }
+}
+
+/// The hot pages of a mount.
+struct Hot {
+    zone: File,
+    runs: Arc<[Run]>,
+    paths: HotPaths,
+    arrivals: Option<Arc<Arrivals>>,
+}
+
+/// A file system that is attached nowhere.
+struct Mounted {
+    root: OwnedFd,
+    device: u64,
+    read_ahead: ReadAhead,
+    server: fuse::Server,
+}
+
+impl Mounted {
+    /// Mounts EROFS `metadata` for the run directory `dir`, over the `zone` file, if that is one of its devices, and the
+    /// `cold` device.
+    fn new(
+        dir: &RunDir,
+        metadata: &File,
+        zone: Option<&File>,
+        cold: &Arc<ColdDevice>,
+        runtime: &Handle,
+    ) -> Result<Self, RootfsError> {
+        let failed = RootfsError::io(dir.path());
+        let (server, cold_file) = fuse::serve(Arc::clone(cold), runtime)?;
+        let (context, read_ahead) = ReadAhead::of_new(|| {
+            let context = Context::open("erofs")?;
+            context.set("source", mount::fd_path(metadata))?;
+            for device in zone.into_iter().chain([&cold_file]) {
+                context.set("device", mount::fd_path(device))?;
+            }
+            context.flag("ro")?;
+            Ok(context)
+        })
+        .map_err(|error| match error.source.raw_os_error() {
+            Some(libc::ENOTBLK) => RootfsError::NotOnDisk(dir.path().to_owned()),
+            _ => error.into(),
+        })?;
+        read_ahead.set(0).map_err(&failed)?;
+        // The host gets no devices and no setuid programs from an image; containers do, through their overlay.
+        let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+        let root = context.mount(attributes)?;
+        let device = File::open(mount::fd_path(&root)).and_then(|f| f.metadata()).map_err(&failed)?.dev();
+        Ok(Self { root, device, read_ahead, server })
+    }
+
+    fn attach(
+        self,
+        dir: Arc<RunDir>,
+        nids: Arc<[u64]>,
+        hot: Option<Hot>,
+        keepable: Option<File>,
+        cold: Arc<ColdDevice>,
+        runtime: &Handle,
+    ) -> Result<RootFs, RootfsError> {
+        let root = dir.path().join("root");
+        let attached = std::fs::create_dir(&root).and_then(|()| mount::attach(&self.root, &root));
+        let failed = RootfsError::io(dir.path());
+        let mut rootfs = RootFs {
+            root,
+            attached: false,
+            nids,
+            device: self.device,
+            hot,
+            keepable,
+            runtime: runtime.clone(),
+            read_ahead: self.read_ahead,
+            cold,
+            _server: self.server,
+            dir,
+        };
+        attached.map_err(failed)?;
+        rootfs.attached = true;
+        Ok(rootfs)
     }
 }
 
