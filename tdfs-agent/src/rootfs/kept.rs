@@ -121,7 +121,8 @@ impl Keepable {
         let mut bytes = vec![0; image_len as usize];
         self.file.read_exact_at(&mut bytes, 0)?;
         bytes.extend(self.nids.iter().flat_map(|nid| nid.to_le_bytes()));
-        let paths = hot_paths(tree, &self.runs);
+        let mut paths: Vec<_> = hot_paths(tree, &self.runs).into_iter().collect();
+        paths.sort_unstable();
         for (ino, path) in &paths {
             let len = u16::try_from(path.len()).map_err(io::Error::other)?;
             bytes.extend_from_slice(&ino.to_le_bytes());
