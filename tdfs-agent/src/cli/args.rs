@@ -384,7 +384,7 @@ pub enum TraceMethod {
 /// When a container's process starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Start {
-    /// Streaming if what is missing is expected to take longer than creating the container does
+    /// Streaming if what is missing is expected to take longer than creating the container and the detour through FUSE
     Auto,
     /// When all pages are there
     Fetched,
