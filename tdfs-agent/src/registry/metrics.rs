@@ -38,6 +38,8 @@ pub struct Metrics {
     seconds: Histogram,
     sent: Counter,
     received: Counter,
+    /// `tdfs_registry_running_requests`: begun and not answered to the end.
+    pub running: Gauge<i64>,
     /// `tdfs_registry_connections`: open now.
     pub connections: Gauge<i64>,
     /// `tdfs_registry_upstream_fetches_total`: blobs fetched from the other registry.
@@ -54,6 +56,7 @@ impl Default for Metrics {
             seconds: Histogram::new(DURATIONS),
             sent: Counter::default(),
             received: Counter::default(),
+            running: Gauge::default(),
             connections: Gauge::default(),
             upstream_fetches: Counter::default(),
             upstream_bytes: Counter::default(),
@@ -64,6 +67,8 @@ impl Default for Metrics {
         registry.register_with_unit("request_duration", help, Unit::Seconds, metrics.seconds.clone());
         registry.register_with_unit("sent", "Bodies of answers", Unit::Bytes, metrics.sent.clone());
         registry.register_with_unit("received", "Bodies of requests", Unit::Bytes, metrics.received.clone());
+        let help = "Requests that are not answered to the end";
+        registry.register("running_requests", help, metrics.running.clone());
         registry.register("connections", "Connections that are open", metrics.connections.clone());
         let help = "Blobs fetched from the other registry";
         registry.register("upstream_fetches", help, metrics.upstream_fetches.clone());
@@ -108,6 +113,7 @@ mod tests {
             r#"tdfs_registry_request_duration_seconds_bucket{le="0.003"} 2"#,
             "tdfs_registry_sent_bytes_total 5",
             "tdfs_registry_received_bytes_total 7",
+            "tdfs_registry_running_requests 0",
             "tdfs_registry_connections 0",
             "tdfs_registry_upstream_fetches_total 0",
             "tdfs_registry_upstream_bytes_total 0",

@@ -18,8 +18,8 @@ use std::time::{Instant, SystemTime};
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
+use axum::http::HeaderValue;
 use axum::http::header::{CONNECTION, CONTENT_LENGTH, USER_AGENT};
-use axum::http::{HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
@@ -54,6 +54,7 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     let text = |value: &str| value.chars().take(SHOWN).collect::<String>();
     let user_agent = parts.headers.get(USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let received = Arc::new(AtomicU64::new(0));
+    metrics.running.inc();
     let mut record = Record {
         metrics,
         began: Instant::now(),
@@ -70,11 +71,10 @@ pub async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next
     let is_read = Arc::new(AtomicBool::new(body.is_end_stream()));
     let watcher = Received { bytes: received, is_read: is_read.clone() };
     let body = Body::new(Watched { body, watcher });
-    let version = parts.version;
     let response = next.run(Request::from_parts(parts, body)).await;
     record.status = response.status().as_u16();
     let (mut parts, body) = response.into_parts();
-    if version < Version::HTTP_2 && !is_read.load(Ordering::Relaxed) {
+    if !is_read.load(Ordering::Relaxed) {
         // The connection ends with an answer that comes before the whole request: the client must not use it again.
         parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
@@ -88,6 +88,7 @@ impl Drop for Record {
         // Nobody asks for the end of a body whose length is known.
         let is_complete = self.is_at_end || self.announced == Some(self.sent);
         let (took, received) = (self.began.elapsed(), self.received.load(Ordering::Relaxed));
+        self.metrics.running.dec();
         self.metrics.request(&self.method, self.status, self.sent, received, took);
         let line = json!({
             "time": humantime::format_rfc3339_millis(SystemTime::now()).to_string(),

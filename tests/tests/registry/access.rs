@@ -169,6 +169,11 @@ async fn running_requests_are_finished() -> Result<()> {
     });
     sender.send(blob.slice(..1000)).await?;
     sender.send(blob.slice(1000..2000)).await?;
+    // It and the request that asks.
+    let both = "tdfs_registry_running_requests 2\n";
+    while !String::from_utf8_lossy(&client.get("/metrics").await?.expect(200)?.body).contains(both) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     kill(server.pid(), Signal::SIGTERM)?;
     // It takes no new connections from now on.
     while TcpStream::connect(server.addr).is_ok() {
