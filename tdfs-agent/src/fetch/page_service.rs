@@ -40,7 +40,6 @@ use tdfs_common::wire::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::timeout;
 
 use super::FetchError;
 use super::experience::{Experience, Sample};
@@ -585,13 +584,15 @@ fn paced(stream: ByteStream, patience: Duration, waited: Arc<Measure>) -> ByteSt
     Box::pin(stream::try_unfold(state, move |(mut stream, mut pace)| {
         let waited = waited.clone();
         async move {
-            let idle = || OciError::Idle { url: "page service".into(), after: patience };
             let begin = Instant::now();
-            let Ok(piece) = timeout(pace.left(), stream.next()).await else { return Err(idle()) };
+            let bytes = |piece: &Option<Result<Bytes, _>>| {
+                piece.as_ref().and_then(|p| p.as_ref().ok()).map_or(0, Bytes::len)
+            };
+            let Some(piece) = pace.wait(stream.next(), bytes).await else {
+                return Err(OciError::Idle { url: "page service".into(), after: patience });
+            };
             let Some(piece) = piece.transpose()? else { return Ok(None) };
-            let (bytes, took) = (piece.len() as u64, begin.elapsed());
-            waited.add(bytes, took);
-            pace.moved(took, bytes);
+            waited.add(piece.len() as u64, begin.elapsed());
             Ok(Some((piece, (stream, pace))))
         }
     }))

@@ -4,7 +4,7 @@
 //! neither tree nor layer index, unless a cold page is read or somebody asks for a path: decoding and checking them is
 //! most of the work of a start with everything at hand. Loading them later is the same as at once, with all its checks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::{NodeError, State};
 use crate::fetch::{FetchError, ImageLayers, LayerStats, Progress, pull_image};
-use crate::oci::{Image, Store};
+use crate::oci::{Descriptor, Image, Store};
 use crate::pack::FoundRuntimeImage;
 use crate::record::sandbox::Accounts;
 use crate::rootfs::{ColdFiles, ColdImage, ColdSource};
@@ -95,12 +95,24 @@ fn needs_accounts(image: &Image) -> bool {
 impl FilesSource {
     async fn load(&self) -> Result<ImageFiles, NodeError> {
         let loaded = self.found.clone().load(&self.store, &self.state, &self.image).await?;
-        let layers = ImageLayers::new(&self.state, self.store.clone(), loaded.index, loaded.windows)?;
-        Ok(ImageFiles { tree: Arc::new(loaded.tree), layers: Arc::new(layers) })
+        ImageFiles::new(&self.state, &self.store, loaded.tree, loaded.index, loaded.windows)
     }
 }
 
 impl ImageFiles {
+    /// What is in `tree`, and the layers of `index`, kept below the `state` directory and fetched from `store`; `windows`
+    /// is the blob with the deflate windows.
+    pub(super) fn new(
+        state: &Path,
+        store: &Store,
+        tree: Tree,
+        index: LayerIndex,
+        windows: Option<Descriptor>,
+    ) -> Result<Self, NodeError> {
+        let layers = ImageLayers::new(state, store.clone(), index, windows)?;
+        Ok(Self { tree: Arc::new(tree), layers: Arc::new(layers) })
+    }
+
     /// Pulls all layers of `image`; also returns their index and the file with the deflate windows, for packing.
     pub async fn pull(
         state: &State,
@@ -109,8 +121,7 @@ impl ImageFiles {
         progress: Progress<'_>,
     ) -> Result<(Self, LayerIndex, Option<PathBuf>), NodeError> {
         let pulled = pull_image(state.root(), store, image, progress).await?;
-        let layers = ImageLayers::new(state.root(), store.clone(), pulled.index.clone(), None)?;
-        let files = Self { tree: Arc::new(pulled.tree), layers: Arc::new(layers) };
+        let files = Self::new(state.root(), store, pulled.tree, pulled.index.clone(), None)?;
         Ok((files, pulled.index, pulled.windows))
     }
 

@@ -7,8 +7,6 @@
 //! second start therefore asks nobody. Metadata blobs are remembered by [`pack::load`]. All of it is checked against
 //! its digest when it is read, so a damaged memory costs requests, not correctness.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use tdfs_common::digest::Digest;
 use tdfs_common::runtime_image::Service;
@@ -18,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::files::{FilesSource, ImageFiles, LazyFiles};
 use super::{NodeError, State};
-use crate::fetch::{ImageLayers, Metadata, PageService};
+use crate::fetch::{Metadata, PageService};
 use crate::oci::{ClientOptions, Image, Location, MANIFEST_TYPE, OciError, Reference, Requests, Store};
 use crate::pack::{self, PackError};
 use crate::rtpc::holdings;
@@ -221,9 +219,8 @@ async fn find(
         return Ok(Runtime { manifest, artifact, service, files });
     }
     let loaded = found.load(metadata, state.root(), image).await?;
-    let layers = ImageLayers::new(state.root(), store.clone(), loaded.index, loaded.windows)?;
-    let files = LazyFiles::Loaded(ImageFiles { tree: Arc::new(loaded.tree), layers: Arc::new(layers) });
-    Ok(Runtime { manifest, artifact, service: loaded.service, files })
+    let files = ImageFiles::new(state.root(), store, loaded.tree, loaded.index, loaded.windows)?;
+    Ok(Runtime { manifest, artifact, service: loaded.service, files: LazyFiles::Loaded(files) })
 }
 
 /// The layout `resolved/`.

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use tokio::time::{Instant, timeout};
+
 /// Less than this is no progress.
 const PROGRESS: u64 = 64 << 10;
 
@@ -28,6 +30,18 @@ impl Pace {
     /// What a peer may spend without progress.
     pub fn patience(&self) -> Duration {
         self.patience
+    }
+
+    /// What the peer brings next, of which `bytes` tells the length; `None` if it takes too long.
+    pub async fn wait<T>(
+        &mut self,
+        next: impl Future<Output = T>,
+        bytes: impl FnOnce(&T) -> usize,
+    ) -> Option<T> {
+        let begin = Instant::now();
+        let brought = timeout(self.left(), next).await.ok()?;
+        self.moved(begin.elapsed(), bytes(&brought) as u64);
+        Some(brought)
     }
 
     /// How long the next wait may take.

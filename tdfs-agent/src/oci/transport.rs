@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{CONTENT_LENGTH, HeaderMap, HeaderName, RETRY_AFTER};
@@ -200,16 +200,14 @@ impl Answer {
 
     /// The next piece of the body.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, OciError> {
-        let begin = Instant::now();
-        match timeout(self.pace.left(), self.response.chunk()).await {
-            Ok(Ok(chunk)) => {
-                let bytes = chunk.as_ref().map_or(0, Bytes::len);
-                self.pace.moved(begin.elapsed(), bytes as u64);
-                self.counters.received(bytes);
+        let bytes = |chunk: &Option<Bytes>| chunk.as_ref().map_or(0, Bytes::len);
+        match self.pace.wait(self.response.chunk(), |chunk| chunk.as_ref().map_or(0, bytes)).await {
+            Some(Ok(chunk)) => {
+                self.counters.received(bytes(&chunk));
                 Ok(chunk)
             }
-            Ok(Err(e)) => Err(broken(&self.url, e)),
-            Err(_) => Err(OciError::Idle { url: self.url.clone(), after: self.pace.patience() }),
+            Some(Err(e)) => Err(broken(&self.url, e)),
+            None => Err(OciError::Idle { url: self.url.clone(), after: self.pace.patience() }),
         }
     }
 

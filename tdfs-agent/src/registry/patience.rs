@@ -16,9 +16,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream};
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::uploads::{self, BodyError};
 use crate::oci::Pace;
@@ -101,15 +102,14 @@ pub fn body(body: Body, patience: Duration) -> uploads::Body {
     let reading: Reading = Some((body.into_data_stream(), Pace::new(patience)));
     stream::unfold(reading, |reading| async move {
         let (mut body, mut pace) = reading?;
-        let begin = Instant::now();
-        match timeout(pace.left(), body.next()).await {
-            Ok(Some(Ok(bytes))) => {
-                pace.moved(begin.elapsed(), bytes.len() as u64);
-                Some((Ok(bytes), Some((body, pace))))
-            }
-            Ok(Some(Err(e))) => Some((Err(BodyError::Broken(e.to_string())), None)),
-            Ok(None) => None,
-            Err(_) => Some((Err(BodyError::Idle(pace.patience())), None)),
+        let bytes = |piece: &Option<Result<Bytes, _>>| {
+            piece.as_ref().and_then(|p| p.as_ref().ok()).map_or(0, Bytes::len)
+        };
+        match pace.wait(body.next(), bytes).await {
+            Some(Some(Ok(bytes))) => Some((Ok(bytes), Some((body, pace)))),
+            Some(Some(Err(e))) => Some((Err(BodyError::Broken(e.to_string())), None)),
+            Some(None) => None,
+            None => Some((Err(BodyError::Idle(pace.patience())), None)),
         }
     })
     .boxed()
