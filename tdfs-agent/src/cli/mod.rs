@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use nix::sys::signal::Signal;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -110,11 +111,37 @@ fn print(json: bool, value: &impl Serialize, text: &str) -> anyhow::Result<()> {
 
 /// Ends `work` on SIGINT or SIGTERM.
 async fn interruptible<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        result = work => result,
-        _ = interrupt.recv() => anyhow::bail!("interrupted"),
-        _ = terminate.recv() => anyhow::bail!("terminated"),
+    Signals::listen()?.interrupt(work).await
+}
+
+/// SIGINT and SIGTERM. None of them is lost from when this exists, also while nobody waits for them.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        Ok(Self { interrupt, terminate })
+    }
+
+    /// The next one.
+    async fn next(&mut self) -> Signal {
+        tokio::select! {
+            _ = self.interrupt.recv() => Signal::SIGINT,
+            _ = self.terminate.recv() => Signal::SIGTERM,
+        }
+    }
+
+    /// Ends `work` on either.
+    async fn interrupt<T>(&mut self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        tokio::select! {
+            result = work => result,
+            signal = self.next() => match signal {
+                Signal::SIGINT => anyhow::bail!("interrupted"),
+                _ => anyhow::bail!("terminated"),
+            },
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! `tdfs run`
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Seek as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use nix::sys::signal::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::RunArgs;
-use super::{interruptible, print, progress};
+use super::{Signals, print, progress};
 use crate::node::{self, Recording, Rest, Running, StartOptions};
 use crate::record::sandbox::Forward;
 
@@ -18,9 +19,7 @@ use crate::record::sandbox::Forward;
 pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     let state = args.common.state().await?;
     let client = args.common.client(&args.image)?;
-    let events =
-        args.events.as_ref().map(|path| File::create(path).with_context(|| path.display().to_string()));
-    let events = events.transpose()?;
+    let events = args.events.as_deref().map(EventsFile::create).transpose()?;
     let options = StartOptions {
         mode: args.start.into(),
         choice: args.choice.choice(),
@@ -35,8 +34,10 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     };
     let bar = progress::bytes("fetching");
     let shown = |done, total| progress::show(&bar, done, total);
-    let started =
-        interruptible(async { Ok(node::start(&state, &args.image, &options, &client, &shown).await?) }).await;
+    // From here on they are for the container, or end its start.
+    let mut signals = Signals::listen()?;
+    let starting = async { Ok(node::start(&state, &args.image, &options, &client, &shown).await?) };
+    let started = signals.interrupt(starting).await;
     bar.finish_and_clear();
     let running = match started {
         Ok(running) => running,
@@ -47,7 +48,10 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         }
     };
     let events = events.zip(running.recording());
-    save(events.as_ref())?;
+    if let Err(error) = save(events.as_ref()) {
+        // Without them the container is what it is with them; the end of this command tells the same.
+        tracing::warn!("{error:#}");
+    }
     if json {
         print(true, &running.report, "")?;
     } else {
@@ -55,38 +59,60 @@ pub async fn run(args: &RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     }
     if args.exit_when_ready {
         let ended = async { Ok(running.end(Rest::Fetch).await) };
-        interruptible(ended).await?;
+        signals.interrupt(ended).await?;
         save(events.as_ref())?;
         return Ok(ExitCode::SUCCESS);
     }
-    forward_signals(&running).await?;
+    forward(signals, &running).await?;
     let exit = running.end(Rest::Leave).await;
     save(events.as_ref())?;
     Ok(exit.map_or(ExitCode::FAILURE, |e| ExitCode::from(u8::try_from(e.code()).unwrap_or(1))))
 }
 
 /// Writes what was recorded so far, in place of what the file held.
-fn save(events: Option<&(File, Arc<Recording>)>) -> anyhow::Result<()> {
-    let Some((mut file, recording)) = events.map(|(file, recording)| (file, recording)) else {
-        return Ok(());
-    };
+fn save(events: Option<&(EventsFile, Arc<Recording>)>) -> anyhow::Result<()> {
+    let Some((file, recording)) = events else { return Ok(()) };
     // It lists the paths of the image: meanwhile others serve the container.
-    let bytes = tokio::task::block_in_place(|| serde_json::to_vec(&recording.timeline()))?;
-    let written =
-        file.rewind().and_then(|()| file.write_all(&bytes)).and_then(|()| file.set_len(bytes.len() as u64));
-    written.context("cannot write the events")
+    tokio::task::block_in_place(|| file.write(&serde_json::to_vec(&recording.timeline())?))
+}
+
+/// Where events go. Removed again if nothing was ever written.
+struct EventsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl EventsFile {
+    fn create(path: &Path) -> anyhow::Result<Self> {
+        let file = File::create(path).with_context(|| path.display().to_string())?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    fn write(&self, bytes: &[u8]) -> anyhow::Result<()> {
+        let mut file = &self.file;
+        let written = file
+            .rewind()
+            .and_then(|()| file.write_all(bytes))
+            .and_then(|()| file.set_len(bytes.len() as u64));
+        written.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+impl Drop for EventsFile {
+    fn drop(&mut self) {
+        if self.file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == 0) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 /// Passes signals to the container until it has ended.
-async fn forward_signals(running: &Running) -> anyhow::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+async fn forward(mut signals: Signals, running: &Running) -> anyhow::Result<()> {
     let mut hangup = signal(SignalKind::hangup())?;
     loop {
         let passed = tokio::select! {
             _ = running.sandbox().wait() => return Ok(()),
-            _ = interrupt.recv() => Signal::SIGINT,
-            _ = terminate.recv() => Signal::SIGTERM,
+            passed = signals.next() => passed,
             _ = hangup.recv() => Signal::SIGHUP,
         };
         running.sandbox().signal(passed)?;
