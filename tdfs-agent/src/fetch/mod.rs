@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::digest::{ContentHash, Digest};
 use tdfs_common::page::PAGE_SIZE;
 use tdfs_common::runtime_image::{PlacedFrame, Segment, Service};
@@ -255,9 +256,9 @@ pub async fn fetch_announced(
     Ok((stats, commit))
 }
 
-/// Bytes that a fetch of what `zone` lacks would receive.
-pub fn bytes_missing(service: &Service, zone: &Zone) -> u64 {
-    plan(service, &zone.missing()).iter().map(|r| r.bytes.end - r.bytes.start).sum()
+/// Bytes that a fetch of the `missing` pages would receive.
+pub fn bytes_missing(service: &Service, missing: &PageBitmap) -> u64 {
+    plan(service, missing).iter().map(|r| r.bytes.end - r.bytes.start).sum()
 }
 
 /// Ends every wait for pages that have not arrived.

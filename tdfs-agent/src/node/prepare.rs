@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::digest::Digest;
 use tdfs_common::runtime_image::Service;
+use tokio::task::spawn_blocking;
 
 use super::files::{ImageFiles, LazyFiles};
 use super::resolve::Resolved;
@@ -19,7 +21,9 @@ pub struct Prepared {
     pub files: Arc<LazyFiles>,
     /// The service whose runtime image is used, and its zone; pages may still be missing.
     pub hot: Option<(Arc<Service>, Arc<Zone>)>,
-    /// Metadata of an earlier mount with all hot pages on the zone.
+    /// Zone pages that the service needs and the zone did not have when it was opened.
+    pub missing: PageBitmap,
+    /// Metadata of an earlier mount with all hot pages on the zone, if none is missing.
     pub kept: Option<Kept>,
 }
 
@@ -33,18 +37,24 @@ impl Prepared {
         let store = resolved.store.clone();
         let Some(runtime) = resolved.runtime.take() else {
             let (files, ..) = ImageFiles::pull(state, &store, &resolved.image, progress).await?;
-            return Ok(Self { files: Arc::new(LazyFiles::Loaded(files)), hot: None, kept: None });
+            let (files, missing) = (Arc::new(LazyFiles::Loaded(files)), PageBitmap::new(0));
+            return Ok(Self { files, hot: None, missing, kept: None });
         };
         let (root, kept) = (state.root().to_owned(), state.kept(&runtime.manifest));
-        let service = runtime.service;
-        let (service, zone, kept) = tokio::task::spawn_blocking(move || {
+        let (service, manifest) = (runtime.service, runtime.manifest);
+        let kept = spawn_blocking(move || Kept::open(&kept, manifest.as_bytes()));
+        let opened = spawn_blocking(move || {
             let zone = Zone::open(&root, &service)?;
-            zone.prefetch();
-            let kept = Kept::open(&kept, runtime.manifest.as_bytes());
-            Ok::<_, NodeError>((Arc::new(service), Arc::new(zone), kept))
-        })
-        .await??;
-        Ok(Self { files: Arc::new(runtime.files), hot: Some((service, zone)), kept })
+            let missing = zone.missing();
+            Ok::<_, NodeError>((Arc::new(zone), missing, service))
+        });
+        let (zone, missing, service) = opened.await??;
+        let read = Arc::clone(&zone);
+        // Asking takes milliseconds, and nobody needs to wait: who comes before a page reads it.
+        spawn_blocking(move || read.prefetch());
+        let kept = if missing.count() == 0 { kept.await? } else { None };
+        let hot = Some((Arc::new(service), zone));
+        Ok(Self { files: Arc::new(runtime.files), hot, missing, kept })
     }
 
     /// The pages for the mount, all present or under way with these `arrivals`.
@@ -67,7 +77,7 @@ pub(super) async fn keep(keepable: Keepable, files: Arc<LazyFiles>, path: PathBu
         Ok(files) => Arc::clone(&files.tree),
         Err(error) => return failed(&path, &error),
     };
-    let keeping = tokio::task::spawn_blocking(move || {
+    let keeping = spawn_blocking(move || {
         if let Err(error) = keepable.keep(&path, manifest.as_bytes(), &tree) {
             failed(&path, &error);
         }

@@ -129,13 +129,13 @@ pub async fn start(
     let manifest = resolved.runtime.as_ref().map(|runtime| runtime.manifest);
     let prepared = Prepared::new(state, &mut resolved, &pulling).await?;
     let pulled = resolved.requests();
-    let missing = prepared.hot.as_ref().map_or(0, |(_, zone)| zone.missing().count());
+    let missing = prepared.missing.count();
     let streaming;
     (report.source, report.start_mode, (streaming, report.start_reason)) = match &prepared.hot {
         None => ("layers", "layers", (false, "there is no runtime image".into())),
         Some(_) if missing == 0 => ("resident", "resident", (false, "nothing is missing".into())),
-        Some((service, zone)) => {
-            let stored = bytes_missing(service, zone);
+        Some((service, _)) => {
+            let stored = bytes_missing(service, &prepared.missing);
             let within = pages.expected(stored, missing * PAGE_SIZE as u64);
             match options.mode.streams(missing, stored, within) {
                 why @ (true, _) => ("fetched", "streaming", why),

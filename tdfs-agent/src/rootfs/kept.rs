@@ -23,7 +23,7 @@ use tdfs_common::runtime_image::Run;
 use tdfs_common::tree::Tree;
 use tempfile::NamedTempFile;
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::erofs::format::BLOCK;
 use super::inject::hot_paths;
@@ -71,16 +71,25 @@ fn read(path: &Path, key: &[u8; 32]) -> io::Result<Kept> {
     if len > FILE_MAX {
         return Err(damaged("too large"));
     }
-    let mut bytes = Vec::with_capacity(len as usize);
-    (&mut file).take(FILE_MAX).read_to_end(&mut bytes)?;
-    let (rest, footer) = Footer::ref_from_suffix(&bytes).map_err(|_| damaged("too short"))?;
-    let hashed = &bytes[..bytes.len() - HASH_LEN];
-    if footer.magic != MAGIC || *blake3::keyed_hash(key, hashed).as_bytes() != footer.hash {
+    let mut footer = Footer::new_zeroed();
+    let footer_at = len.checked_sub(size_of::<Footer>() as u64).ok_or_else(|| damaged("too short"))?;
+    file.read_exact_at(footer.as_mut_bytes(), footer_at)?;
+    // Nothing of it is believed yet but where the part begins that is needed here.
+    let image_len = footer.image_len.get();
+    if footer.magic != MAGIC || image_len > footer_at {
+        return Err(damaged("damaged, or of something else"));
+    }
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update_reader((&mut file).take(image_len))?;
+    let mut bytes = Vec::with_capacity((len - image_len) as usize);
+    (&mut file).take(len - image_len).read_to_end(&mut bytes)?;
+    let hashed = bytes.len().checked_sub(HASH_LEN).ok_or_else(|| damaged("too short"))?;
+    if *hasher.update(&bytes[..hashed]).finalize().as_bytes() != footer.hash {
         return Err(damaged("damaged, or of something else"));
     }
     let inconsistent = || damaged("inconsistent");
-    let image_len = usize::try_from(footer.image_len.get()).map_err(|_| inconsistent())?;
-    let (image, rest) = rest.split_at_checked(image_len).ok_or_else(inconsistent)?;
+    // What was hashed ends with the footer.
+    let rest = bytes.strip_suffix(footer.as_bytes()).ok_or_else(inconsistent)?;
     let inodes = usize::try_from(footer.inodes.get()).map_err(|_| inconsistent())?;
     let (nids, mut rest) = <[U64]>::ref_from_prefix_with_elems(rest, inodes).map_err(|_| inconsistent())?;
     let mut paths = HashMap::new();
@@ -91,7 +100,7 @@ fn read(path: &Path, key: &[u8; 32]) -> io::Result<Kept> {
         paths.insert(u32::from_le_bytes(*ino), path.to_vec());
         rest = after;
     }
-    if !image.len().is_multiple_of(BLOCK) || !rest.is_empty() {
+    if !image_len.is_multiple_of(BLOCK as u64) || !rest.is_empty() {
         return Err(inconsistent());
     }
     let nids = nids.iter().map(|nid| nid.get()).collect();

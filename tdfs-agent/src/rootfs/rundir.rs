@@ -45,7 +45,7 @@ impl RunDir {
             let start =
                 stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(19)).unwrap_or_default();
             lock.set_len(0)?;
-            writeln!(lock, "{} {start}", std::process::id())?;
+            lock.write_all(format!("{} {start}\n", std::process::id()).as_bytes())?;
             return Ok(Self { path, _lock: lock });
         }
     }
