@@ -42,6 +42,7 @@ pub fn wait_in(service: &Service, namespace: &str, mut starter: Option<&mut Chil
                 }
                 if let Some(child) = &mut starter
                     && let Some(status) = child.try_wait()?
+                    && !status.success()
                 {
                     bail!("{} did not come up: {status}", service.name);
                 }

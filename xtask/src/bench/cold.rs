@@ -148,8 +148,9 @@ fn methods<'a>(
         tdfs.arg("--trace").arg(&trace);
         tdfs
     };
-    command::output(tdfs("record", &gzip).args(["--service", service.name, "--ready", service.ready]))
-        .context("recording")?;
+    // Recorded where it is going to run: in another network services read other files.
+    let how = ["--service", service.name, "--ready", service.ready, "--network", "host"];
+    command::output(tdfs("record", &gzip).args(how)).context("recording")?;
     command::output(&mut tdfs("pack", &ours)).context("packing")?;
 
     let full = |name, reference: &str| FullPull {

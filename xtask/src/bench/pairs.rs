@@ -62,7 +62,8 @@ fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs
         tdfs.command()
             .arg("record")
             .arg(format!("oci:{}", layout.display()))
-            .args(["--service", service.name, "--ready", service.ready])
+            // Where it is going to run: services read other files in other networks.
+            .args(["--service", service.name, "--ready", service.ready, "--network", "host"])
             .args([path("--output", &packed), path("--state", &directory.join("ci"))].concat()),
     )?;
     install::packages(install::NETWORK_PACKAGES)?;
