@@ -76,6 +76,7 @@ pub fn run(args: &ColdArgs) -> Result<()> {
     let ours = Registry::start_tdfs(&tdfs, directory.path(), &server)?;
     let site = Site { registry, ours, server, node, tdfs };
 
+    let output = command::workspace().join(&args.output);
     let mut results = Results::new(args.rounds);
     for image in chosen {
         eprintln!("==> {}: images and a recording", image.name);
@@ -93,9 +94,9 @@ pub fn run(args: &ColdArgs) -> Result<()> {
                 }
             }
         }
+        // A run takes long: what was measured stays when it is ended.
+        results.write(&output)?;
     }
-    let output = command::workspace().join(&args.output);
-    results.write(&output)?;
     println!("{}\nwritten to {}", results.table(), output.display());
     Ok(())
 }
