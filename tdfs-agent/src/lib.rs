@@ -1,8 +1,9 @@
 //! tdfs: record, pack, fetch and serve runtime images.
 //!
 //! A module calls only modules to its left:
-//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- {node, registry} <- report <- cli`.
+//! `tdfs-common <- oci <- rtpc <- fetch <- rootfs <- {record, pack} <- {node, registry} <- {agent, report} <- cli`.
 
+pub mod agent;
 pub mod cli;
 pub mod fetch;
 pub mod node;

@@ -1,5 +1,6 @@
 //! The command line: arguments in, one object or a few lines out, one clear line on error.
 
+mod agent;
 mod args;
 mod inspect;
 mod mount;
@@ -9,8 +10,8 @@ mod registry;
 mod report;
 mod run;
 
-use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -19,22 +20,34 @@ use nix::sys::signal::Signal;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::agent::Registries;
 use crate::node::{self, State};
-use crate::oci::{ClientOptions, Location, Reference};
+use crate::oci::{ClientOptions, Location, Platform, Reference};
 use args::{Cli, Command, Common};
+
+pub use agent::main as agent;
 
 /// Runs `tdfs` with the process's arguments.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let level = ["warn", "info", "debug"][usize::from(cli.verbose.min(2))];
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    log(["warn", "info", "debug"][usize::from(cli.verbose.min(2))]);
+    finish("tdfs", dispatch(&cli))
+}
+
+/// Logs on standard error what passes this filter, or that of `RUST_LOG`.
+fn log(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| filter.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).compact().init();
+}
+
+/// Does the work of the program called `name` and says on one line what went wrong.
+fn finish(name: &str, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("no threads for the runtime")
         .and_then(|runtime| {
-            let result = runtime.block_on(dispatch(&cli));
+            let result = runtime.block_on(work);
             // A blocked read must not keep a finished command alive.
             runtime.shutdown_background();
             result
@@ -42,7 +55,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tdfs: {}", one_line(&error));
+            eprintln!("{name}: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
@@ -78,20 +91,24 @@ async fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
 impl Common {
     /// How to reach the registry of `image`.
     fn client(&self, image: &Reference) -> anyhow::Result<ClientOptions> {
-        let mut options = ClientOptions {
-            plain_http: self.plain_http,
-            auth_file: self.authfile.clone(),
-            ca_file: self.ca_file.clone(),
-            page_service: self.page_service == args::PageServiceUse::Auto,
-            ..ClientOptions::default()
+        let host = match image.location() {
+            Location::Registry { host, .. } => Some(host.as_str()),
+            Location::Layout(_) => None,
         };
-        if let Some(platform) = &self.platform {
-            options.platform = platform.parse()?;
-        }
-        if let Location::Registry { host, .. } = image.location() {
-            options.mirrors = BTreeMap::from([(host.clone(), self.mirror.clone())]);
-        }
-        Ok(options)
+        Ok(self.registries()?.options(host))
+    }
+
+    /// What was said of registries, with absolute paths.
+    fn registries(&self) -> anyhow::Result<Registries> {
+        let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+        Ok(Registries {
+            plain_http: self.plain_http,
+            mirrors: self.mirror.clone(),
+            auth_file: absolute(&self.authfile)?,
+            ca_file: absolute(&self.ca_file)?,
+            page_service: self.page_service == args::PageServiceUse::Auto,
+            platform: self.platform.as_deref().map_or(Ok(Platform::host()), str::parse)?,
+        })
     }
 
     /// The state directory, cleared of what dead processes left.

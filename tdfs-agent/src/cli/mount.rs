@@ -1,4 +1,5 @@
-//! `tdfs mount` and `tdfs umount`: the mount is served by a process of its own that ends with it.
+//! `tdfs mount` and `tdfs umount`: the mount is served by the node's daemon or, without one, by a process of its own that
+//! ends with it.
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -7,11 +8,32 @@ use anyhow::{Context as _, bail};
 use tokio::io::AsyncReadExt as _;
 
 use super::args::MountArgs;
-use super::print;
-use crate::node::{self, MountOptions, MountReport};
+use super::{Signals, print};
+use crate::agent::{self, MountRequest};
+use crate::node::{self, MountOptions, MountReport, Mounts};
 
-/// Starts the server and waits until the mount is there.
+/// Asks the daemon, or starts a server and waits until the mount is there.
 pub async fn mount(args: &MountArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let report = match agent::ask(&args.common.state, request(args)?).await? {
+        Some(report) => report,
+        None => own_server().await?,
+    };
+    let text = format!("{} mounted on {}", args.image, report.target.display());
+    print(json, &report, &text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn request(args: &MountArgs) -> anyhow::Result<MountRequest> {
+    Ok(MountRequest {
+        image: args.image.clone().absolute()?.to_string(),
+        target: std::path::absolute(&args.target)?,
+        choice: args.choice.choice(),
+        pull: args.choice.pull(),
+        registries: args.common.registries()?,
+    })
+}
+
+async fn own_server() -> anyhow::Result<MountReport> {
     // The same arguments: the server parses them itself.
     let program = std::env::current_exe().context("cannot find my own program")?;
     let own = std::env::args_os().skip(1).map(|a| if a == "mount" { "serve-mount".into() } else { a });
@@ -34,10 +56,7 @@ pub async fn mount(args: &MountArgs, json: bool) -> anyhow::Result<ExitCode> {
         bail!("{}", if line.is_empty() { status.to_string() } else { line.replacen("tdfs: ", "", 1) });
     }
     eprint!("{messages}");
-    let report: MountReport = serde_json::from_str(&report).context("the server of the mount is confused")?;
-    let text = format!("{} mounted on {}", args.image, report.target.display());
-    print(json, &report, &text)?;
-    Ok(ExitCode::SUCCESS)
+    serde_json::from_str(&report).context("the server of the mount is confused")
 }
 
 /// The server.
@@ -48,10 +67,16 @@ pub async fn serve(args: &MountArgs) -> anyhow::Result<ExitCode> {
     let client = args.common.client(&args.image)?;
     let options =
         MountOptions { choice: args.choice.choice(), pull: args.choice.pull(), target: args.target.clone() };
-    let server = node::mount(&state, &args.image, &options, &client, &|_, _| {}).await?;
+    let mut signals = Signals::listen()?;
+    let mounts = Mounts::new(state);
+    let mounting = async { Ok(mounts.mount(&args.image, &options, &client, &|_, _| {}).await?) };
+    let server = signals.interrupt(mounting).await?;
     print(true, &server.report, "")?;
     detach()?;
-    server.serve().await?;
+    let told = async {
+        signals.next().await;
+    };
+    server.serve(told).await?;
     Ok(ExitCode::SUCCESS)
 }
 

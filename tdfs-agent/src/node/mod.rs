@@ -29,7 +29,7 @@ use tdfs_common::digest::Digest;
 
 pub use fetching::Rest;
 pub use files::{FilesSource, ImageFiles, LazyFiles};
-pub use mount::{MountOptions, MountReport, MountServer, mount, umount};
+pub use mount::{MountOptions, MountReport, MountServer, Mounts, umount};
 pub use prepare::Prepared;
 pub use recover::recover;
 pub use report::StartReport;

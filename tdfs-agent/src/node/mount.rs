@@ -1,14 +1,19 @@
 //! A mount for people: the image's root file system, read-only, at a path of their choice.
 //!
+//! ```text
+//! image, runtime image -> one EROFS mount in a run directory -> a bind mount on each target, with a run directory
+//! ```
+//!
 //! The mount lives as long as its server: unmounting it (by anybody) ends the server, and ending the server unmounts
-//! it. A killed server leaves a mount whose hot pages read on and whose cold pages give EIO, until the next command
-//! removes it.
+//! it. The EROFS mount goes with the last of its targets. A killed server leaves a mount whose hot pages read on and whose
+//! cold pages give EIO, until the next command removes it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use nix::mount::{MntFlags, MsFlags};
@@ -16,7 +21,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::{Deserialize, Serialize};
 use tdfs_common::digest::Digest;
 use tokio::runtime::Handle;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::files::LazyFiles;
 use super::prepare::Prepared;
@@ -24,9 +28,9 @@ use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::{NodeError, State};
 use crate::fetch::{Progress, fetch};
 use crate::oci::{ClientOptions, Reference};
-use crate::rootfs::RootFs;
+use crate::rootfs::{Injector, RootFs, RunDir};
 
-/// In the run directory of a mount: where it is mounted.
+/// In the run directory of a target: where it is.
 pub(super) const TARGET: &str = "target";
 
 /// How to mount.
@@ -59,94 +63,170 @@ pub struct MountReport {
     pub pid: u32,
 }
 
-/// A mount, served by this process.
+/// The images that this process has mounted.
+pub struct Mounts {
+    state: State,
+    /// By image and runtime image; who makes or looks for a mount holds its lock.
+    images: Mutex<HashMap<Key, Arc<Slot>>>,
+}
+
+type Key = (Digest, Option<Digest>);
+type Slot = tokio::sync::Mutex<Weak<Mounted>>;
+
+/// An image, mounted in a run directory.
+struct Mounted {
+    rootfs: RootFs,
+    files: Arc<LazyFiles>,
+    service: Option<String>,
+    pages_needed: u64,
+}
+
+/// A mount on a target, served by this process.
 pub struct MountServer {
     /// What was mounted.
     pub report: MountReport,
-    rootfs: RootFs,
-    files: Arc<LazyFiles>,
+    mounted: Arc<Mounted>,
     resolved: Resolved,
+    /// The target's own, which says where it is.
+    dir: Arc<RunDir>,
 }
 
-/// Fetches what is missing and mounts the image.
-pub async fn mount(
-    state: &State,
-    reference: &Reference,
-    options: &MountOptions,
-    client: &ClientOptions,
-    progress: Progress<'_>,
-) -> Result<MountServer, NodeError> {
-    let begin = Instant::now();
-    let at = |path: &Path, e: io::Error| NodeError::Target { path: path.to_owned(), reason: e.to_string() };
-    let target = options.target.canonicalize().map_err(|e| at(&options.target, e))?;
-    if !target.is_dir() {
-        return Err(at(&target, io::Error::from(io::ErrorKind::NotADirectory)));
+impl Mounts {
+    /// None yet.
+    pub fn new(state: State) -> Self {
+        Self { state, images: Mutex::default() }
     }
-    let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
-    let mut pages = std::mem::take(&mut resolved.pages);
-    let prepared = Prepared::new(state, &mut resolved, progress).await?;
-    let mut report = MountReport {
-        target,
-        image: resolved.image.digest,
-        service: prepared.hot.as_ref().map(|(s, _)| s.service.clone()),
-        pages_needed: 0,
-        pages_fetched: 0,
-        total_ms: 0.0,
-        pid: std::process::id(),
-    };
-    if let Some((service, zone)) = &prepared.hot {
-        let (stats, commit) = fetch(&resolved.store, &mut pages, service, zone, progress).await?;
-        (report.pages_needed, report.pages_fetched) = (stats.pages_needed, stats.pages_fetched);
-        commit.wait().await?;
-    }
-    let dir = state.new_run()?;
-    let files = prepared.files.get().await?;
-    let rootfs = tokio::task::block_in_place(|| {
-        let tree = Arc::clone(&files.tree);
-        let rootfs =
-            RootFs::mount(dir, tree, prepared.hot_pages(None), files.cold_source(), &Handle::current())?;
-        if let Some(injector) = rootfs.inject()? {
-            injector.join().map_err(|e| at(rootfs.path(), e))?;
+
+    /// Mounts the image on the target, and before, unless it is mounted already, fetches what is missing.
+    pub async fn mount(
+        &self,
+        reference: &Reference,
+        options: &MountOptions,
+        client: &ClientOptions,
+        progress: Progress<'_>,
+    ) -> Result<MountServer, NodeError> {
+        let begin = Instant::now();
+        let at =
+            |path: &Path, e: io::Error| NodeError::Target { path: path.to_owned(), reason: e.to_string() };
+        let target = options.target.canonicalize().map_err(|e| at(&options.target, e))?;
+        if !target.is_dir() {
+            return Err(at(&target, io::Error::from(io::ErrorKind::NotADirectory)));
         }
-        let bind = MsFlags::MS_BIND;
-        nix::mount::mount(Some(rootfs.path()), &report.target, None::<&str>, bind, None::<&str>)
-            .map_err(|e| at(&report.target, e.into()))?;
-        fs::write(rootfs.dir().join(TARGET), report.target.as_os_str().as_encoded_bytes())
-            .map_err(|e| at(rootfs.dir(), e))?;
-        Ok::<_, NodeError>(rootfs)
-    })?;
-    report.total_ms = begin.elapsed().as_secs_f64() * 1000.0;
-    Ok(MountServer { report, rootfs, files: prepared.files, resolved })
+        let mut resolved = resolve(&self.state, reference, &options.choice, options.pull, client).await?;
+        let slot = self.slot((resolved.image.digest, resolved.runtime.as_ref().map(|r| r.manifest)));
+        let mut pages_fetched = 0;
+        let mounted = {
+            let mut place = slot.lock().await;
+            if let Some(mounted) = place.upgrade() {
+                mounted
+            } else {
+                let (mounted, fetched) = Mounted::new(&self.state, &mut resolved, progress).await?;
+                let mounted = Arc::new(mounted);
+                (*place, pages_fetched) = (Arc::downgrade(&mounted), fetched);
+                mounted
+            }
+        };
+        let dir = self.state.new_run()?;
+        let source = mounted.rootfs.path();
+        fs::write(dir.path().join(TARGET), target.as_os_str().as_encoded_bytes())
+            .map_err(|e| at(dir.path(), e))?;
+        let report = MountReport {
+            image: resolved.image.digest,
+            service: mounted.service.clone(),
+            pages_needed: mounted.pages_needed,
+            pages_fetched,
+            total_ms: 0.0,
+            pid: std::process::id(),
+            target,
+        };
+        let bound =
+            nix::mount::mount(Some(source), &report.target, None::<&str>, MsFlags::MS_BIND, None::<&str>);
+        let mut server = MountServer { report, mounted, resolved, dir };
+        match bound {
+            Ok(()) => {
+                server.report.total_ms = begin.elapsed().as_secs_f64() * 1000.0;
+                Ok(server)
+            }
+            Err(e) => {
+                let error = at(&server.report.target, e.into());
+                server.end().await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Where the mount of these is or will be; places whose mounts are gone are forgotten.
+    fn slot(&self, key: Key) -> Arc<Slot> {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_used = |slot: &Arc<Slot>| {
+            Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|mounted| mounted.strong_count() > 0)
+        };
+        images.retain(|_, slot| is_used(slot));
+        Arc::clone(images.entry(key).or_default())
+    }
+}
+
+impl Mounted {
+    /// Fetches what is missing and mounts the image; also returns how many pages were fetched.
+    async fn new(
+        state: &State,
+        resolved: &mut Resolved,
+        progress: Progress<'_>,
+    ) -> Result<(Self, u64), NodeError> {
+        let mut pages = std::mem::take(&mut resolved.pages);
+        let prepared = Prepared::new(state, resolved, progress).await?;
+        let (mut needed, mut fetched) = (0, 0);
+        if let Some((service, zone)) = &prepared.hot {
+            let (stats, commit) = fetch(&resolved.store, &mut pages, service, zone, progress).await?;
+            (needed, fetched) = (stats.pages_needed, stats.pages_fetched);
+            commit.wait().await?;
+        }
+        let dir = state.new_run()?;
+        let files = prepared.files.get().await?;
+        let rootfs = tokio::task::block_in_place(|| {
+            let tree = Arc::clone(&files.tree);
+            let rootfs =
+                RootFs::mount(dir, tree, prepared.hot_pages(None), files.cold_source(), &Handle::current())?;
+            let injected = rootfs.inject()?.map_or(Ok(0), Injector::join);
+            injected.map_err(|source| NodeError::State { path: rootfs.path().to_owned(), source })?;
+            Ok::<_, NodeError>(rootfs)
+        })?;
+        let service = prepared.hot.as_ref().map(|(service, _)| service.service.clone());
+        Ok((Self { rootfs, files: prepared.files, service, pages_needed: needed }, fetched))
+    }
 }
 
 impl MountServer {
-    /// Serves until somebody unmounts it or this process is told to end.
-    pub async fn serve(self) -> Result<(), NodeError> {
-        let target = self.report.target.clone();
+    /// Serves until somebody unmounts it, or until `stop`.
+    pub async fn serve(self, stop: impl Future<Output = ()>) -> Result<(), NodeError> {
+        let (target, device) = (self.report.target.clone(), self.mounted.rootfs.device());
         let at = |e: io::Error| NodeError::Target { path: target.clone(), reason: e.to_string() };
-        let mut terminate = signal(SignalKind::terminate()).map_err(at)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(at)?;
-        let device = self.rootfs.device();
         let watched = target.clone();
         let gone = tokio::task::spawn_blocking(move || wait_unmounted(&watched, device));
         tokio::select! {
             gone = gone => gone?.map_err(at)?,
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = stop => {}
         }
-        tokio::task::block_in_place(|| {
-            if is_mounted(&target, device).map_err(at)? {
-                nix::mount::umount2(&target, MntFlags::MNT_DETACH).map_err(|e| at(e.into()))?;
-            }
-            let _ = fs::remove_file(self.rootfs.dir().join(TARGET));
-            Ok::<_, NodeError>(self.rootfs.unmount()?)
-        })?;
+        if is_mounted(&target, device).map_err(at)? {
+            nix::mount::umount2(&target, MntFlags::MNT_DETACH).map_err(|e| at(e.into()))?;
+        }
+        self.end().await
+    }
+
+    /// Ends the image's mount, if this was its last target, and then says that the target is free.
+    async fn end(self) -> Result<(), NodeError> {
+        let mut ended = Ok(());
+        if let Some(mounted) = Arc::into_inner(self.mounted) {
+            ended = tokio::task::block_in_place(|| mounted.rootfs.unmount()).map_err(NodeError::from);
+            ended = ended.and(mounted.files.flush().await.map_err(NodeError::from));
+        }
         self.resolved.remembered().await;
-        Ok(self.files.flush().await?)
+        let _ = fs::remove_file(self.dir.path().join(TARGET));
+        ended
     }
 }
 
-/// Unmounts what [`mount`] mounted on `target` and waits until its server has cleaned up.
+/// Unmounts what [`Mounts::mount`] mounted on `target` and waits until its server has cleaned up.
 pub async fn umount(state: &Path, target: &Path) -> Result<(), NodeError> {
     let failed = |reason: String| NodeError::Target { path: target.to_owned(), reason };
     let dir = run_of(&state.join("runs"), target);

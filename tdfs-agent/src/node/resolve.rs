@@ -8,6 +8,7 @@
 //! its digest when it is read, so a damaged memory costs requests, not correctness.
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tdfs_common::digest::Digest;
 use tdfs_common::runtime_image::Service;
 use tdfs_common::wire;
@@ -22,7 +23,8 @@ use crate::pack::{self, PackError};
 use crate::rtpc::holdings;
 
 /// Which runtime image a start uses.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Choice {
     /// The only one there is; none if there is none.
     Any,
@@ -35,7 +37,8 @@ pub enum Choice {
 }
 
 /// When to ask the registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Pull {
     /// Only for what is not known here.
     Missing,

@@ -10,9 +10,10 @@
 //! sources.json what was learnt about registries and the network (`fetch`)
 //! runs/ID/    one running container or mount: mounts, bundle, overlay; removed when it ends
 //! runc/       runc's own state
+//! agent/      socket and lock of the daemon (`agent`)
 //! ```
 //!
-//! Everything but `runs` and `runc` is a cache: any of it may be removed while nothing runs. A process that dies
+//! Everything but `runs`, `runc` and `agent` is a cache: any of it may be removed while nothing runs. A process that dies
 //! leaves its `runs/ID` behind, and the next command clears it away.
 
 use std::fs;

@@ -79,6 +79,14 @@ impl Reference {
         Self { location: self.location.clone(), tag: None, digest: Some(digest) }
     }
 
+    /// The same, whatever becomes the current directory.
+    pub fn absolute(mut self) -> std::io::Result<Self> {
+        if let Location::Layout(dir) = &mut self.location {
+            *dir = std::path::absolute(&*dir)?;
+        }
+        Ok(self)
+    }
+
     /// The layout in `dir`, whatever the path holds.
     pub fn layout(dir: impl Into<PathBuf>) -> Self {
         Self { location: Location::Layout(dir.into()), tag: None, digest: None }

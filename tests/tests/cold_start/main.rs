@@ -1,7 +1,9 @@
 //! Cold starts of real images, end to end: record, attach, push, start on an empty node.
 
+mod agent;
 mod crash;
 mod damage;
+mod foreground;
 mod groups;
 mod kept;
 mod mounts;
