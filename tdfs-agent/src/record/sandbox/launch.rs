@@ -12,8 +12,8 @@
 //!
 //! The first move of a process between control groups in a while waits for an RCU grace period, 6 to 13 ms at HZ=250, and
 //! runc makes one in every start; those that follow soon do not wait (`cgroup_threadgroup_rwsem`, a per-CPU lock whose
-//! readers need no barrier while nobody writes). So a launch begins with a move that moves nothing, in a thread of its
-//! own: that time passes while runc boots.
+//! readers need no barrier while nobody writes). So a launch begins, and is finished, with a move that moves nothing, in
+//! a thread of its own: that time passes while runc boots, or reads its configuration.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -68,11 +68,7 @@ impl Launch {
         for dir in [bundle, runc_root] {
             fs::create_dir_all(dir).map_err(SandboxError::io(dir))?;
         }
-        thread::spawn(|| {
-            if let Err(error) = move_nothing() {
-                tracing::debug!(%error, "no control group to move to: starting takes a little longer");
-            }
-        });
+        move_nothing();
         let (config_read, config) = new_pipe()?;
         let (stdout, stdout_write) = new_pipe()?;
         let (stderr, stderr_write) = new_pipe()?;
@@ -96,6 +92,7 @@ impl Launch {
 
     /// Makes the container.
     pub async fn finish(mut self, spec: SandboxSpec<'_>) -> Result<Sandbox, SandboxError> {
+        move_nothing();
         let config = bundle::spec(&self.id, spec.rootfs, &spec.workload)?;
         let config = serde_json::to_vec(&config).map_err(|e| SandboxError::Configuration(e.to_string()))?;
         let sender = pipe::Sender::from_owned_fd(self.config).map_err(SandboxError::Runc)?;
@@ -183,15 +180,25 @@ impl Drop for Runc {
     }
 }
 
-/// Moves this process to the control group that it is in.
-fn move_nothing() -> io::Result<()> {
-    let groups = fs::read_to_string("/proc/self/cgroup")?;
-    let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    // Version 2 alone is mounted at the first, beside version 1 at the second.
-    let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-    let mut processes = mounts.iter().map(|mount| Path::new(mount).join(own).join("cgroup.procs"));
-    let processes = processes.find(|path| path.exists()).ok_or(io::ErrorKind::NotFound)?;
-    fs::OpenOptions::new().write(true).open(processes)?.write_all(b"0")
+/// Moves this process to the control group that it is in, in a thread that nobody waits for.
+fn move_nothing() {
+    let moved = || {
+        let groups = fs::read_to_string("/proc/self/cgroup")?;
+        let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        // Version 2 alone is mounted at the first, beside version 1 at the second.
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+        let mut processes = mounts.iter().map(|mount| Path::new(mount).join(own).join("cgroup.procs"));
+        let processes = processes.find(|path| path.exists()).ok_or(io::ErrorKind::NotFound)?;
+        fs::OpenOptions::new().write(true).open(processes)?.write_all(b"0")
+    };
+    let thread = thread::Builder::new().name("tdfs-cgroup".into()).spawn(move || {
+        let moved: io::Result<()> = moved();
+        if let Err(error) = moved {
+            tracing::debug!(%error, "runc will wait for an RCU grace period");
+        }
+    });
+    // Where threads are scarce runc waits instead.
+    drop(thread);
 }
 
 fn new_pipe() -> Result<(OwnedFd, OwnedFd), SandboxError> {
