@@ -105,6 +105,8 @@ fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn 
     // Pushing and preparing need no limit.
     link.shape(None)?;
     method.reset()?;
+    // What the one before wrote is on the disk, and not on its way there: a full pull leaves gigabytes.
+    nix::unistd::sync();
     link.shape(Some(rate))?;
     let before = link.passed()?;
     // What a container reads while it ends is no part of its start.
