@@ -118,7 +118,8 @@ impl Drop for Running {
     fn drop(&mut self) {
         // A process that was waited for is gone: its number may be another's now.
         if matches!(self.child.try_wait(), Ok(None)) {
-            let _ = kill(self.pid(), Signal::SIGTERM);
+            // What most first processes of containers end of; SIGTERM they ignore.
+            let _ = kill(self.pid(), Signal::SIGINT);
             let _ = self.child.wait();
         }
     }

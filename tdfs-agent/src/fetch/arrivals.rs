@@ -24,6 +24,8 @@ pub struct Arrivals {
     total: u64,
     demanded: Notify,
     news: watch::Sender<News>,
+    /// Every page has arrived. Not part of the news, so that who waits for it is woken once.
+    complete: watch::Sender<bool>,
     cancelled: watch::Sender<bool>,
 }
 
@@ -55,6 +57,7 @@ impl Arrivals {
             total,
             demanded: Notify::new(),
             news: watch::Sender::default(),
+            complete: watch::Sender::new(total == 0),
             cancelled: watch::Sender::default(),
         }
     }
@@ -131,6 +134,9 @@ impl Arrivals {
             state.waiting.append(&mut rest.split_off(&pages.end));
             woken = rest;
             self.news.send_modify(|news| news.arrived += count as u64);
+            if self.news.borrow().arrived == self.total {
+                self.complete.send_replace(true);
+            }
         }
         drop(woken);
     }
@@ -160,7 +166,7 @@ impl Arrivals {
 
     /// Waits until every awaited page has arrived.
     pub async fn complete(&self) {
-        let _ = self.news.subscribe().wait_for(|news| news.arrived == self.total).await;
+        let _ = self.complete.subscribe().wait_for(|complete| *complete).await;
     }
 
     /// How far it is, now and whenever that changes.

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tdfs_common::runtime_image::Service;
 use tokio::sync::watch;
@@ -15,6 +15,13 @@ use super::timeline::Moments;
 use crate::fetch::{Arrivals, Commit, FetchError, FetchStats, PageService, Progress, fetch_announced};
 use crate::oci::Store;
 use crate::rtpc::Zone;
+
+/// How often the rate of a fetch is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+/// Between two looks at the progress: nobody sees more, and waking up takes the container's processor.
+const SHOW: Duration = Duration::from_millis(20);
+/// What comes in less time says nothing about the rate.
+const WATCHED: Duration = Duration::from_millis(40);
 
 /// What becomes of pages that are still on the wire when a container ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +90,33 @@ impl Fetching {
         Ok(())
     }
 
+    /// Waits until every page is there (`true`), unless the rest `is_long`: told how long it should take at the rate so
+    /// far, and how many pages it has.
+    pub async fn done_unless(&mut self, is_long: impl Fn(Duration, u64) -> bool) -> Result<bool, NodeError> {
+        let bytes = self.bytes.clone();
+        // The first bytes may have waited for anything: the rate is that of those after them.
+        let mut first = None;
+        loop {
+            tokio::select! {
+                done = self.done() => return done.map(|()| true),
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            let (received, total) = *bytes.borrow();
+            let (since, before) = match first {
+                Some(first) => first,
+                None if received > 0 => *first.insert((Instant::now(), received)),
+                None => continue,
+            };
+            let (took, got) = (since.elapsed(), received - before);
+            if took >= WATCHED && got > 0 {
+                let rest = took.mul_f64(total.saturating_sub(received) as f64 / got as f64);
+                if is_long(rest, self.arrivals.awaited().count()) {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
     /// Waits until it fails.
     pub async fn failure(&mut self) -> NodeError {
         match self.done().await {
@@ -98,6 +132,7 @@ impl Fetching {
             while bytes.changed().await.is_ok() {
                 let (done, total) = *bytes.borrow_and_update();
                 progress(done, total);
+                tokio::time::sleep(SHOW).await;
             }
             std::future::pending().await
         }

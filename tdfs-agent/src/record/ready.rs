@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
@@ -28,8 +28,10 @@ use super::tracer::{Notice, Tracer, TracerError, What, now};
 use super::{ImageFile, residency, symbol};
 use crate::rootfs::RootFs;
 
-/// Between two attempts to connect.
+/// At least, between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(2);
+/// An attempt takes the service's processor: the next one waits for this part of the time since the first.
+const RETRY_PART: u32 = 100;
 /// For one answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// After the container's end, for events and output that are still on their way.
@@ -335,12 +337,13 @@ async fn retry(pid: Pid, attempt: impl Fn() -> bool + Send + 'static) -> Result<
             let _ = send.send(Err(io_error("network namespace")(e)));
             return;
         }
+        let first = Instant::now();
         while !send.is_closed() {
             if attempt() {
                 let _ = send.send(Ok(now()));
                 return;
             }
-            std::thread::sleep(RETRY);
+            std::thread::sleep(RETRY.max(first.elapsed() / RETRY_PART));
         }
     };
     std::thread::Builder::new().name("readiness".into()).spawn(run).map_err(io_error("thread"))?;

@@ -1,12 +1,13 @@
 //! Injection: fills the kernel's page cache of a mount with exactly the hot pages, while the container is being made.
 //!
-//! A thread walks the runs in order of first use, asking for each piece by `posix_fadvise(WILLNEED)`. The mount's
-//! read-ahead is 0 until it ends, so that nobody pulls in cold neighbours; then it goes up for everything else, and the
+//! A thread walks the runs in order of first use, a window of them at a time, asking for each piece by
+//! `posix_fadvise(WILLNEED)`. Within a window it goes by file and page: programs touch neighbours in any order, and
+//! together they are one read instead of many. The mount's read-ahead is 0 until it ends, so that nobody pulls in cold neighbours; then it goes up for everything else, and the
 //! zone's own cached copy of the pages is dropped. Stopping early, or a page that cannot be read, costs time later and
 //! nothing else.
 //!
-//! Pages that are still under way are injected as they arrive, what has arrived in order of first use. Never before: the
-//! answer to this thread must not depend on a network.
+//! Pages that are still under way are injected as they arrive, [`GATHER`] at a time. Never before: the answer to this
+//! thread must not depend on a network.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::Mode;
@@ -33,6 +35,10 @@ use crate::fetch::Arrivals;
 
 /// The kernel silently cuts WILLNEED to this many pages (its default read-ahead, 128 KiB).
 const WILLNEED_PAGES: u32 = 32;
+/// Pages whose order of first use is given up for larger pieces: a few milliseconds of injection.
+const WINDOW_PAGES: u32 = 1024;
+/// For how long arriving pages are gathered: frames are smaller than what neighbours in a file are spread over.
+const GATHER: Duration = Duration::from_millis(5);
 /// Read-ahead once the hot pages are in, KiB: the kernel's default.
 const READ_AHEAD_AFTER: u32 = 128;
 /// Files kept open at a time; runs come back to a file often.
@@ -79,7 +85,7 @@ impl Injector {
             let mut files = Files { root, paths: paths.by_inode(&runs), open: HashMap::new() };
             let injected = match &arriving {
                 None => advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
-                    .and_then(|()| inject(&mut files, pieces(&runs), &shared)),
+                    .and_then(|()| inject(&mut files, &runs, &shared)),
                 Some((arrivals, runtime)) => inject_arriving(&mut files, &runs, arrivals, runtime, &shared),
             };
             if arriving.is_some_and(|(arrivals, _)| arrivals.awaited().count() > 0) {
@@ -180,25 +186,51 @@ impl Files {
     }
 }
 
-/// `runs` in pieces that the kernel takes whole.
-fn pieces(runs: &[Run]) -> impl Iterator<Item = Run> {
-    runs.iter().flat_map(|run| {
-        (0..run.count).step_by(WILLNEED_PAGES as usize).map(|done| Run {
-            file_page: run.file_page + done,
-            zone_page: run.zone_page + done,
-            count: (run.count - done).min(WILLNEED_PAGES),
-            ..*run
-        })
+/// Consecutive pages of a file that the kernel takes in one request.
+#[derive(Debug, PartialEq, Eq)]
+struct Piece {
+    ino: u32,
+    page: u32,
+    count: u32,
+}
+
+/// The pages of `runs`, which are a window, by file and page.
+fn pieces(runs: &[Run]) -> Vec<Piece> {
+    let mut runs: Vec<_> =
+        runs.iter().map(|r| Piece { ino: r.ino, page: r.file_page, count: r.count }).collect();
+    runs.sort_unstable_by_key(|r| (r.ino, r.page));
+    runs.dedup_by(|next, piece| {
+        let goes_on = next.ino == piece.ino && next.page == piece.page + piece.count;
+        if goes_on {
+            piece.count += next.count;
+        }
+        goes_on
+    });
+    let cut = |run: &Piece| {
+        let (ino, page, count) = (run.ino, run.page, run.count);
+        let part =
+            move |done: u32| Piece { ino, page: page + done, count: (count - done).min(WILLNEED_PAGES) };
+        (0..count).step_by(WILLNEED_PAGES as usize).map(part)
+    };
+    runs.iter().flat_map(cut).collect()
+}
+
+/// `runs` in windows of [`WINDOW_PAGES`], or more where a run is longer.
+fn windows(runs: &[Run]) -> impl Iterator<Item = &[Run]> {
+    let mut pages = 0;
+    runs.chunk_by(move |run, _| {
+        pages = if pages < WINDOW_PAGES { pages + run.count } else { run.count };
+        pages < WINDOW_PAGES
     })
 }
 
-fn inject(files: &mut Files, pieces: impl Iterator<Item = Run>, state: &State) -> io::Result<()> {
-    for piece in pieces {
+fn inject(files: &mut Files, runs: &[Run], state: &State) -> io::Result<()> {
+    for piece in windows(runs).flat_map(pieces) {
         if state.stop.load(Ordering::Relaxed) {
             break;
         }
         let file = files.open(piece.ino)?;
-        advise(file, piece.file_page, piece.count, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
+        advise(file, piece.page, piece.count, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
         state.pages.fetch_add(piece.count.into(), Ordering::Relaxed);
     }
     Ok(())
@@ -212,18 +244,20 @@ fn inject_arriving(
     runtime: &Handle,
     state: &State,
 ) -> io::Result<()> {
-    let mut left: Vec<Run> = pieces(runs).collect();
+    let mut left = runs.to_vec();
     let mut news = arrivals.news();
     loop {
         let over = news.borrow_and_update().over;
         let awaited = arrivals.awaited();
-        let arrived = |piece: &Run| {
-            !(piece.zone_page..piece.zone_page + piece.count).any(|page| awaited.contains(page.into()))
-        };
-        inject(files, left.extract_if(.., |piece| arrived(piece)), state)?;
+        let arrived =
+            |run: &Run| !(run.zone_page..run.zone_page + run.count).any(|page| awaited.contains(page.into()));
+        let there: Vec<Run> = left.extract_if(.., |run| arrived(run)).collect();
+        inject(files, &there, state)?;
         if left.is_empty() || over || state.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
+        // Not by a timer of the runtime, which this thread could not wake: it lacks the runtime's descriptors.
+        std::thread::sleep(GATHER);
         runtime.block_on(async {
             tokio::select! {
                 // It fails only without a sender, and we hold one.
@@ -277,4 +311,70 @@ fn keep_only(mut keep: [RawFd; 2]) -> io::Result<()> {
         from = to.saturating_add(1).max(3);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Runs that share no page of a file, in some order.
+    fn runs() -> impl Strategy<Value = Vec<Run>> {
+        let sizes = prop::collection::vec((0u32..4, 0u32..3, 1u32..700), 0..40);
+        sizes
+            .prop_map(|sizes| {
+                let mut ends = [0; 4];
+                let run = |(ino, gap, count): (u32, u32, u32)| {
+                    let end = &mut ends[ino as usize];
+                    let file_page = *end + gap;
+                    *end = file_page + count;
+                    Run { ino, file_page, zone_page: 0, count }
+                };
+                sizes.into_iter().map(run).collect()
+            })
+            .prop_shuffle()
+    }
+
+    fn pages_of(pieces: &[Piece]) -> Vec<(u32, u32)> {
+        pieces.iter().flat_map(|p| (p.page..p.page + p.count).map(|page| (p.ino, page))).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_of_a_window_are_its_pages_once_in_as_few_requests_as_the_kernel_takes(runs in runs()) {
+            let mut joined = Vec::new();
+            for window in windows(&runs) {
+                joined.extend_from_slice(window);
+                let before_last: u32 = window[..window.len() - 1].iter().map(|r| r.count).sum();
+                prop_assert!(before_last < WINDOW_PAGES);
+
+                let pieces = pieces(window);
+                let mut pages: Vec<(u32, u32)> = window
+                    .iter()
+                    .flat_map(|r| (r.file_page..r.file_page + r.count).map(|page| (r.ino, page)))
+                    .collect();
+                pages.sort_unstable();
+                prop_assert_eq!(pages_of(&pieces), &pages[..]);
+                prop_assert!(pieces.iter().all(|p| p.count > 0 && p.count <= WILLNEED_PAGES));
+
+                let mut spans: BTreeMap<(u32, u32), u32> = BTreeMap::new();
+                for (n, (ino, page)) in pages.iter().enumerate() {
+                    let goes_on = n > 0 && pages[n - 1] == (*ino, page.wrapping_sub(1));
+                    match spans.last_entry().filter(|_| goes_on) {
+                        Some(mut span) => *span.get_mut() += 1,
+                        None => {
+                            spans.insert((*ino, *page), 1);
+                        }
+                    }
+                }
+                let fewest: u32 = spans.values().map(|len| len.div_ceil(WILLNEED_PAGES)).sum();
+                prop_assert_eq!(pieces.len(), fewest as usize);
+            }
+            let places = |runs: &[Run]| -> Vec<_> { runs.iter().map(|r| (r.ino, r.file_page, r.count)).collect() };
+            prop_assert_eq!(places(&joined), places(&runs));
+        }
+    }
 }

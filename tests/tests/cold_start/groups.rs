@@ -43,9 +43,9 @@ fn a_second_service_fetches_only_what_the_first_did_not_bring() -> Result<()> {
     ensure!(number(packed, "new_pages")? == new, "{packed}, the model says {new}");
 
     let node = recorded.path("node");
-    let a = run(&recorded.reference(), &node, &["--service", "http"])?;
+    let a = run(&recorded.reference(), &node, &["--service", "http", "--start", "fetched"])?;
     ensure!(number(&a, "pages_fetched")? == first.len() as u64, "{a}, the model says {}", first.len());
-    let b = run(&recorded.reference(), &node, &["--service", "tls"])?;
+    let b = run(&recorded.reference(), &node, &["--service", "tls", "--start", "fetched"])?;
     ensure!(number(&b, "pages_needed")? == second.len() as u64, "{b}, the model says {}", second.len());
     ensure!(number(&b, "pages_present")? == shared, "{b}, the model says {shared}");
     ensure!(number(&b, "pages_fetched")? == new, "{b}, the model says {new}");
@@ -54,11 +54,11 @@ fn a_second_service_fetches_only_what_the_first_did_not_bring() -> Result<()> {
 
     // The other way round, on another node: both fit into one zone again.
     let node = recorded.path("other");
-    let b = run(&recorded.reference(), &node, &["--service", "tls"])?;
+    let b = run(&recorded.reference(), &node, &["--service", "tls", "--start", "fetched"])?;
     ensure!(number(&b, "pages_present")? == 0 && number(&b, "pages_needed")? == second.len() as u64, "{b}");
-    let a = run(&recorded.reference(), &node, &["--service", "http"])?;
+    let a = run(&recorded.reference(), &node, &["--service", "http", "--start", "fetched"])?;
     ensure!(number(&a, "pages_present")? >= shared, "{a}");
-    let again = run(&recorded.reference(), &node, &["--service", "tls"])?;
+    let again = run(&recorded.reference(), &node, &["--service", "tls", "--start", "fetched"])?;
     ensure!(number(&again, "data_requests")? == 0, "{again}");
 
     let ambiguous = tdfs::error(["run", &recorded.reference(), "--state", &show(&node)])?;

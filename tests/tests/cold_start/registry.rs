@@ -67,7 +67,7 @@ fn the_image_stays_as_it_was_and_its_runtime_images_coexist() -> Result<()> {
     }
     let node = dir.path().join("node");
     for service in ["http", "tls"] {
-        let report = run(&image, &node, &["--service", service])?;
+        let report = run(&image, &node, &["--service", service, "--start", "fetched"])?;
         ensure!(report["service"] == service && number(&report, "data_requests")? == 1, "{report}");
     }
     expect_clean(&node)
@@ -86,7 +86,7 @@ fn the_registry_sees_one_request_for_a_segment_and_none_the_second_time() -> Res
     let asked = || registry.logged(&blob);
     let before = asked();
 
-    let cold = run(&image, &node, &[])?;
+    let cold = run(&image, &node, &["--start", "fetched"])?;
     ensure!(cold["source"] == "fetched" && number(&cold, "data_requests")? == 1, "{cold}");
     ensure!(number(&cold, "bytes_fetched")? == number(&segments[0], "bytes")?, "{cold}");
     let all = registry.logged("/v2/");

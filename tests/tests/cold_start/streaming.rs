@@ -126,6 +126,23 @@ fn python_streams() -> Result<()> {
 }
 
 #[test]
+fn a_link_that_is_slower_than_expected_makes_a_start_stream() -> Result<()> {
+    let served = Served::new("python")?;
+    let node = served.node("node");
+    let proxy = served.proxy(Pace::BytesPerSecond(2 << 20))?;
+    let image = served.image(&proxy);
+    let run = ["run", &image, "--network", "private", "--state", &show(&node), "--service", "http"];
+    let running = Running::start(text(run))?;
+    let report = &running.report;
+    ensure!(report["start_mode"] == "streaming" && number(report, "waited_requests")? > 0, "{report}");
+    let reason = report["start_reason"].as_str().unwrap_or_default();
+    ensure!(reason.ends_with("but come more slowly"), "{report}");
+    proxy.hurry();
+    running.stop(Signal::SIGINT)?;
+    expect_clean(&node)
+}
+
+#[test]
 fn a_registry_that_goes_away_is_one_error_and_the_next_start_goes_on() -> Result<()> {
     let served = Served::new("python")?;
     for tenths in [1, 5, 9] {

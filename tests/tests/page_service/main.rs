@@ -104,7 +104,8 @@ fn one_request_brings_an_empty_node_everything_and_another_what_a_second_service
         let (http, tls) = (recorded.service("http").await?, recorded.service("tls").await?);
         let go = |more: &'static [&'static str]| {
             let (image, node) = (image.clone(), node.clone());
-            aside(move || run(&image, &node, more))
+            // Reports of others are written while pages are still under way.
+            aside(move || run(&image, &node, &[more, &["--start", "fetched"]].concat()))
         };
 
         let a = go(&["--service", "http"]).await?;

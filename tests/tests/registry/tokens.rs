@@ -182,7 +182,7 @@ fn tdfs_gets_tokens() -> Result<()> {
     let recorder = guarded.show("recorder");
     let record = ["record", &image, "--service", service.name, "--push", "--ready", service.ready];
     tdfs::json(record.into_iter().chain(["--authfile", &credentials, "--state", &recorder]))?;
-    let run = ["run", &image, "--exit-when-ready", "--network", "private", "--state"];
+    let run = ["run", &image, "--exit-when-ready", "--network", "private", "--start", "fetched", "--state"];
     let cold = tdfs::json(run.into_iter().chain([&*guarded.show("node"), "--authfile", &credentials]))?;
     ensure!(cold["pages_fetched"] == cold["pages_needed"], "{cold}");
     // The challenge, the token, and the answer with everything.

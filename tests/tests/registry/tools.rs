@@ -114,7 +114,8 @@ fn tdfs_records_into_it_and_starts_from_it() -> Result<()> {
         &state("recorder"),
     ])?;
     let run = ["run", &image, "--exit-when-ready", "--network", "private", "--state", &state("node")];
-    let cold = tdfs::json(run)?;
+    let run = run.into_iter().chain(["--start", "fetched"]);
+    let cold = tdfs::json(run.clone())?;
     assert!(cold["data_requests"] == 1 && cold["pages_fetched"] == cold["pages_needed"], "{cold}");
     let warm = tdfs::json(run)?;
     assert!(warm["source"] == "resident" && warm["data_requests"] == 0, "{warm}");
