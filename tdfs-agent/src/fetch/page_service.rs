@@ -27,7 +27,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::{StreamExt as _, stream};
+use futures_util::stream;
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::digest::Digest;
 use tdfs_common::envelope::encode;
@@ -585,10 +585,7 @@ fn paced(stream: ByteStream, patience: Duration, waited: Arc<Measure>) -> ByteSt
         let waited = waited.clone();
         async move {
             let begin = Instant::now();
-            let bytes = |piece: &Option<Result<Bytes, _>>| {
-                piece.as_ref().and_then(|p| p.as_ref().ok()).map_or(0, Bytes::len)
-            };
-            let Some(piece) = pace.wait(stream.next(), bytes).await else {
+            let Some(piece) = pace.next(&mut stream).await else {
                 return Err(OciError::Idle { url: "page service".into(), after: patience });
             };
             let Some(piece) = piece.transpose()? else { return Ok(None) };

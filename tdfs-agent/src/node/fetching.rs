@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::runtime_image::Service;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -51,10 +52,15 @@ struct Fetched {
 }
 
 impl Fetching {
-    /// Starts to bring what `service` lacks into its `zone`.
-    pub fn begin(store: &Store, mut pages: PageService, service: &Arc<Service>, zone: &Arc<Zone>) -> Self {
+    /// Starts to bring the pages of `service` that are `missing` into its `zone`.
+    pub fn begin(
+        store: &Store,
+        mut pages: PageService,
+        (service, zone): &(Arc<Service>, Arc<Zone>),
+        missing: PageBitmap,
+    ) -> Self {
         let begin = Instant::now();
-        let arrivals = Arc::new(Arrivals::new(zone.missing()));
+        let arrivals = Arc::new(Arrivals::new(missing));
         let (tell, bytes) = watch::channel((0, 0));
         let unwatched = Arc::new(AtomicBool::new(false));
         let (store, service, zone) = (store.clone(), Arc::clone(service), Arc::clone(zone));

@@ -68,21 +68,15 @@ impl Prepared {
     }
 }
 
-/// Keeps the metadata of a mount at `path` for the next one. Where that fails, the next one writes it again.
-pub(super) async fn keep(keepable: Keepable, files: Arc<LazyFiles>, path: PathBuf, manifest: Digest) {
+/// Keeps what is `keepable` of a mount at `path` for the next one. Where that fails, the next one writes it again.
+pub(super) async fn keep(keepable: Keepable, path: PathBuf, manifest: Digest) {
     let failed = |path: &Path, error: &dyn std::fmt::Display| {
         tracing::warn!(path = %path.display(), "metadata is not kept: {error}");
     };
-    let tree = match files.get().await {
-        Ok(files) => Arc::clone(&files.tree),
-        Err(error) => return failed(&path, &error),
-    };
-    let keeping = spawn_blocking(move || {
-        if let Err(error) = keepable.keep(&path, manifest.as_bytes(), &tree) {
-            failed(&path, &error);
-        }
-    });
-    if let Err(error) = keeping.await {
-        tracing::warn!("metadata is not kept: {error}");
+    let at = path.clone();
+    match spawn_blocking(move || keepable.keep(&at, manifest.as_bytes())).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => failed(&path, &error),
+        Err(error) => failed(&path, &error),
     }
 }

@@ -163,7 +163,7 @@ pub async fn start(
     let probe = options.ready.clone().or(recorded);
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
-    let mut fetching = hot.map(|(service, zone)| Fetching::begin(&resolved.store, pages, service, zone));
+    let mut fetching = hot.map(|hot| Fetching::begin(&resolved.store, pages, hot, prepared.missing.clone()));
     if let (Some(fetching), Some(moments)) = (&mut fetching, &moments) {
         moments.missing(missing);
         fetching.record(moments.clone());
@@ -221,7 +221,7 @@ pub async fn start(
         started = starting => started,
         never = shown => match never {},
     };
-    let mut container = match started {
+    let container = match started {
         Ok(container) => container,
         Err((error, container)) => {
             let error = match fetching {
@@ -236,9 +236,8 @@ pub async fn start(
     };
 
     let keepable = manifest.and_then(|manifest| Some((manifest, container.rootfs.keepable()?)));
-    let keeping = keepable.map(|(manifest, keepable)| {
-        tokio::spawn(keep(keepable, Arc::clone(&prepared.files), state.kept(&manifest), manifest))
-    });
+    let keeping =
+        keepable.map(|(manifest, keepable)| tokio::spawn(keep(keepable, state.kept(&manifest), manifest)));
 
     let (cold, waited) = (container.rootfs.cold_stats(), container.rootfs.wait_stats());
     (report.cold_pages, report.cold_requests) = (cold.cold_pages, cold.cold_requests);

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
 use tokio::time::{Instant, timeout};
 
 /// Less than this is no progress.
@@ -42,6 +44,18 @@ impl Pace {
         let brought = timeout(self.left(), next).await.ok()?;
         self.moved(begin.elapsed(), bytes(&brought) as u64);
         Some(brought)
+    }
+
+    /// The next piece of `stream`, as a peer brings it; `None` if it takes too long.
+    pub async fn next<E>(
+        &mut self,
+        stream: &mut (impl Stream<Item = Result<Bytes, E>> + Unpin),
+    ) -> Option<Option<Result<Bytes, E>>> {
+        self.wait(stream.next(), |piece| match piece {
+            Some(Ok(bytes)) => bytes.len(),
+            Some(Err(_)) | None => 0,
+        })
+        .await
     }
 
     /// How long the next wait may take.

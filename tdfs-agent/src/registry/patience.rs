@@ -16,7 +16,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream};
-use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
@@ -102,10 +101,7 @@ pub fn body(body: Body, patience: Duration) -> uploads::Body {
     let reading: Reading = Some((body.into_data_stream(), Pace::new(patience)));
     stream::unfold(reading, |reading| async move {
         let (mut body, mut pace) = reading?;
-        let bytes = |piece: &Option<Result<Bytes, _>>| {
-            piece.as_ref().and_then(|p| p.as_ref().ok()).map_or(0, Bytes::len)
-        };
-        match pace.wait(body.next(), bytes).await {
+        match pace.next(&mut body).await {
             Some(Some(Ok(bytes))) => Some((Ok(bytes), Some((body, pace)))),
             Some(Some(Err(e))) => Some((Err(BodyError::Broken(e.to_string())), None)),
             Some(None) => None,

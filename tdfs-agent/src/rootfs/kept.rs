@@ -1,4 +1,4 @@
-//! Kept metadata: what was written for a mount, for the next mount of the same image and runtime image.
+//! Kept metadata: written after a mount, for the next mount of the same image and runtime image.
 //!
 //! ```text
 //! 0            EROFS metadata, whole blocks: every hot page on the zone, all else on the cold device
@@ -25,7 +25,7 @@ use tempfile::NamedTempFile;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::erofs::format::BLOCK;
+use super::erofs::{self, format::BLOCK};
 use super::inject::hot_paths;
 
 const MAGIC: [u8; 8] = *b"TDFSKEPT";
@@ -111,26 +111,25 @@ fn damaged(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Metadata of a mount that is worth keeping.
+/// What metadata is made of that is worth keeping: it has every hot page on the zone, also where some of them were
+/// still under way for the mount that this comes from.
 pub struct Keepable {
-    /// The EROFS metadata and nothing else.
-    pub(super) file: File,
-    pub(super) nids: Arc<[u64]>,
+    pub(super) tree: Arc<Tree>,
     pub(super) runs: Arc<[Run]>,
-    pub(super) cold_blocks: u32,
+    pub(super) zone_pages: u64,
 }
 
 impl Keepable {
-    /// Keeps it at `path` for `key`; `tree` is what was mounted. Blocks on the disk, and leaves nothing where it fails.
-    pub fn keep(&self, path: &Path, key: &[u8; 32], tree: &Tree) -> io::Result<()> {
-        let image_len = self.file.metadata()?.len();
+    /// Writes it, and keeps it at `path` for `key`. Blocks on the disk, and leaves nothing where it fails.
+    pub fn keep(&self, path: &Path, key: &[u8; 32]) -> io::Result<()> {
+        let metadata = erofs::write(&self.tree, &self.runs, self.zone_pages).map_err(io::Error::other)?;
+        let image_len = metadata.image.len() as u64;
         if image_len > FILE_MAX / 2 {
             return Ok(());
         }
-        let mut bytes = vec![0; image_len as usize];
-        self.file.read_exact_at(&mut bytes, 0)?;
-        bytes.extend(self.nids.iter().flat_map(|nid| nid.to_le_bytes()));
-        let mut paths: Vec<_> = hot_paths(tree, &self.runs).into_iter().collect();
+        let mut bytes = metadata.image;
+        bytes.extend(metadata.nids.iter().flat_map(|nid| nid.to_le_bytes()));
+        let mut paths: Vec<_> = hot_paths(&self.tree, &self.runs).into_iter().collect();
         paths.sort_unstable();
         for (ino, path) in &paths {
             let len = u16::try_from(path.len()).map_err(io::Error::other)?;
@@ -141,9 +140,9 @@ impl Keepable {
         let footer = Footer {
             magic: MAGIC,
             image_len: image_len.into(),
-            inodes: (self.nids.len() as u64).into(),
+            inodes: (metadata.nids.len() as u64).into(),
             files: u32::try_from(paths.len()).map_err(io::Error::other)?.into(),
-            cold_blocks: self.cold_blocks.into(),
+            cold_blocks: metadata.cold.blocks().into(),
             hash: [0; HASH_LEN],
         };
         bytes.extend_from_slice(footer.as_bytes());
@@ -178,20 +177,19 @@ mod tests {
     fn what_is_kept_is_found_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kept/x");
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[7; 2 * BLOCK]).unwrap();
         let runs = [Run { ino: 1, file_page: 0, zone_page: 3, count: 2 }];
-        let nids: Arc<[u64]> = [36, u64::MAX].into();
-        let keepable = Keepable { file, nids: Arc::clone(&nids), runs: runs.into(), cold_blocks: 2 };
+        let tree = Arc::new(tree());
+        let keepable = Keepable { tree: Arc::clone(&tree), runs: runs.into(), zone_pages: 5 };
+        let written = erofs::write(&tree, &runs, 5).unwrap();
         let key = [9; 32];
         assert!(Kept::open(&path, &key).is_none());
-        keepable.keep(&path, &key, &tree()).unwrap();
+        keepable.keep(&path, &key).unwrap();
         let kept = Kept::open(&path, &key).unwrap();
-        assert_eq!((&kept.nids, kept.cold_blocks), (&nids, 2));
+        assert_eq!((&*kept.nids, kept.cold_blocks), (&*written.nids, 2));
         assert_eq!(*kept.paths, HashMap::from([(1, b"\xffile".to_vec())]));
-        let mut image = vec![0; 2 * BLOCK];
+        let mut image = vec![0; written.image.len()];
         kept.file.read_exact_at(&mut image, 0).unwrap();
-        assert_eq!(image, [7; 2 * BLOCK]);
+        assert_eq!(image, written.image);
 
         assert!(Kept::open(&path, &[8; 32]).is_none(), "of another runtime image");
         let good = fs::read(&path).unwrap();

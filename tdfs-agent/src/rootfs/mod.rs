@@ -117,8 +117,6 @@ pub struct RootFs {
     nids: Arc<[u64]>,
     device: u64,
     hot: Option<Hot>,
-    /// The metadata, if another mount may use it.
-    keepable: Option<File>,
     runtime: Handle,
     read_ahead: ReadAhead,
     cold: Arc<ColdDevice>,
@@ -152,19 +150,18 @@ impl RootFs {
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(dir.path());
         let mut file = unnamed.map_err(&failed)?;
         file.write_all(&metadata.image).map_err(&failed)?;
-        let keepable = hot.filter(|h| h.arrivals.is_none()).map(|_| file.try_clone()).transpose();
-        let keepable = keepable.map_err(&failed)?;
 
         let cold = Arc::new(ColdDevice::new(Arc::clone(&tree), metadata.cold, source, awaited));
         let device = zone.as_ref().filter(|_| !present.is_empty());
         let mounted = Mounted::new(&dir, &file, device, &cold, runtime)?;
         let hot = zone.zip(hot).map(|(zone, hot)| Hot {
             zone,
+            zone_pages: hot.zone_pages,
             runs: hot.runs.into(),
             paths: HotPaths::In(tree),
             arrivals: hot.arrivals.cloned(),
         });
-        mounted.attach(dir, metadata.nids.into(), hot, keepable, cold, runtime)
+        mounted.attach(dir, metadata.nids.into(), hot, cold, runtime)
     }
 
     /// Mounts what an earlier mount of the same image left, with the same `hot` pages, all of them present; the files of
@@ -179,9 +176,10 @@ impl RootFs {
         let zone = zone_of(&hot)?;
         let cold = Arc::new(ColdDevice::late(kept.cold_blocks, image));
         let mounted = Mounted::new(&dir, &kept.file, Some(&zone), &cold, runtime)?;
-        let (runs, paths) = (hot.runs.into(), HotPaths::Known(Arc::clone(&kept.paths)));
-        let hot = Some(Hot { zone, runs, paths, arrivals: None });
-        mounted.attach(dir, Arc::clone(&kept.nids), hot, None, cold, runtime)
+        let (zone_pages, runs) = (hot.zone_pages, hot.runs.into());
+        let paths = HotPaths::Known(Arc::clone(&kept.paths));
+        let hot = Some(Hot { zone, zone_pages, runs, paths, arrivals: None });
+        mounted.attach(dir, Arc::clone(&kept.nids), hot, cold, runtime)
     }
 
     /// Where it is mounted, read-only.
@@ -225,12 +223,11 @@ impl RootFs {
         File::open(&self.root).and_then(start).map(Some).map_err(RootfsError::io(&self.root))
     }
 
-    /// The metadata of this mount, if it was written for it and all its hot pages are on the zone.
-    pub fn keepable(&mut self) -> Option<Keepable> {
-        let (hot, file) = (self.hot.as_ref()?, self.keepable.take()?);
-        let (nids, runs) = (Arc::clone(&self.nids), Arc::clone(&hot.runs));
-        let cold_blocks = (self.cold.size() / PAGE_SIZE as u64) as u32;
-        Some(Keepable { file, nids, runs, cold_blocks })
+    /// What the next mount of this image could use, unless this one was made of it.
+    pub fn keepable(&self) -> Option<Keepable> {
+        let hot = self.hot.as_ref()?;
+        let HotPaths::In(tree) = &hot.paths else { return None };
+        Some(Keepable { tree: Arc::clone(tree), runs: Arc::clone(&hot.runs), zone_pages: hot.zone_pages })
     }
 
     /// Logs what is read through the cold device from now on; the first log stays.
@@ -275,6 +272,7 @@ impl Drop for RootFs {
 /// The hot pages of a mount.
 struct Hot {
     zone: File,
+    zone_pages: u64,
     runs: Arc<[Run]>,
     paths: HotPaths,
     arrivals: Option<Arc<Arrivals>>,
@@ -326,7 +324,6 @@ impl Mounted {
         dir: Arc<RunDir>,
         nids: Arc<[u64]>,
         hot: Option<Hot>,
-        keepable: Option<File>,
         cold: Arc<ColdDevice>,
         runtime: &Handle,
     ) -> Result<RootFs, RootfsError> {
@@ -339,7 +336,6 @@ impl Mounted {
             nids,
             device: self.device,
             hot,
-            keepable,
             runtime: runtime.clone(),
             read_ahead: self.read_ahead,
             cold,

@@ -32,12 +32,12 @@ fn a_kept_mount_reads_the_same_and_is_not_believed_when_damaged() -> Result<()> 
     let recorded = Recorded::new("nginx", 1)?;
     let node = recorded.path("node");
     run(&recorded.reference(), &node, &["--start", "streaming"])?;
-    ensure!(!node.join("mounts").exists(), "some of its pages lay behind the cold device");
+    // Some of its pages lay behind the cold device. What it left has them on the zone, and so has what another writes.
+    let file = kept(&node)?;
     let fresh = recorded.path("fresh");
     let expected = sum(&recorded, &fresh)?.0;
+    ensure!(fs::read(kept(&fresh)?)? == fs::read(&file)?);
 
-    run(&recorded.reference(), &node, &[])?;
-    let file = kept(&node)?;
     let written = fs::metadata(&file)?.modified()?;
     let good = fs::read(&file)?;
     // Neither is looked at until a cold page is read.

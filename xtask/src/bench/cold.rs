@@ -92,10 +92,10 @@ pub fn run(args: &ColdArgs) -> Result<()> {
                     eprintln!("{}", report::line(&sample));
                     results.samples.push(sample);
                 }
+                // A run takes long: what was measured stays when it is ended.
+                results.write(&output)?;
             }
         }
-        // A run takes long: what was measured stays when it is ended.
-        results.write(&output)?;
     }
     println!("{}\nwritten to {}", results.table(), output.display());
     Ok(())

@@ -182,23 +182,23 @@ impl Drop for Runc {
 
 /// Moves this process to the control group that it is in, in a thread that nobody waits for.
 fn move_nothing() {
-    let moved = || {
-        let groups = fs::read_to_string("/proc/self/cgroup")?;
-        let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        // Version 2 alone is mounted at the first, beside version 1 at the second.
-        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-        let mut processes = mounts.iter().map(|mount| Path::new(mount).join(own).join("cgroup.procs"));
-        let processes = processes.find(|path| path.exists()).ok_or(io::ErrorKind::NotFound)?;
-        fs::OpenOptions::new().write(true).open(processes)?.write_all(b"0")
-    };
-    let thread = thread::Builder::new().name("tdfs-cgroup".into()).spawn(move || {
-        let moved: io::Result<()> = moved();
-        if let Err(error) = moved {
+    let thread = thread::Builder::new().name("tdfs-cgroup".into()).spawn(|| {
+        if let Err(error) = move_to_own_group() {
             tracing::debug!(%error, "runc will wait for an RCU grace period");
         }
     });
     // Where threads are scarce runc waits instead.
     drop(thread);
+}
+
+fn move_to_own_group() -> io::Result<()> {
+    let groups = fs::read_to_string("/proc/self/cgroup")?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    // Version 2 alone is mounted at the first, beside version 1 at the second.
+    let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+    let mut processes = mounts.iter().map(|mount| Path::new(mount).join(own).join("cgroup.procs"));
+    let processes = processes.find(|path| path.exists()).ok_or(io::ErrorKind::NotFound)?;
+    fs::OpenOptions::new().write(true).open(processes)?.write_all(b"0")
 }
 
 fn new_pipe() -> Result<(OwnedFd, OwnedFd), SandboxError> {
