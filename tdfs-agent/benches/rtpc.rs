@@ -7,6 +7,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use tdfs_agent::fetch::frame::{Decoder, encode};
 use tdfs_agent::rtpc::Presence;
 use tdfs_common::bitmap::PageBitmap;
+use tdfs_common::digest::ContentHash;
 use tdfs_common::page::PAGE_SIZE;
 use tdfs_common::runtime_image::{FRAME_PAGES, Frame};
 
@@ -42,6 +43,15 @@ fn decode(c: &mut Criterion) {
         b.iter(|| {
             for (frame, bytes) in &frames {
                 black_box(decoder.decode(frame, bytes).unwrap());
+            }
+        });
+    });
+    let pages: Vec<Vec<u8>> =
+        frames.iter().map(|(frame, bytes)| decoder.decode(frame, bytes).unwrap().to_vec()).collect();
+    group.bench_function("hash alone", |b| {
+        b.iter(|| {
+            for pages in &pages {
+                black_box(ContentHash::of(pages));
             }
         });
     });

@@ -64,9 +64,14 @@ impl Containerd {
 
     /// `ctr` that talks to it; it fetches what it pulls itself.
     pub fn ctr(&self) -> Command {
-        let mut ctr = self.place.command("ctr");
-        ctr.arg("--address").arg(self.run.path().join("sock"));
-        ctr
+        self.client("ctr")
+    }
+
+    /// A `program` with the options of `ctr`, that talks to it.
+    pub fn client(&self, program: &str) -> Command {
+        let mut client = self.place.command(program);
+        client.arg("--address").arg(self.run.path().join("sock"));
+        client
     }
 
     /// The name of our container: runc knows all containers of the machine by name.

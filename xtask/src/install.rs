@@ -22,7 +22,8 @@ pub const RUN_PACKAGES: &[&str] =
     &["apache2-utils", "containerd", "docker-registry", "erofs-utils", "runc", "skopeo", "umoci"];
 
 /// What only the tests need: other clients of registries, what runs their S3 server, and a browser.
-pub const TEST_PACKAGES: &[&str] = &["buildah", "chromium", "fonts-dejavu-core", "podman", "python3-venv"];
+pub const TEST_PACKAGES: &[&str] =
+    &["buildah", "chromium", "fonts-dejavu-core", "podman", "python3-venv", "stargz-snapshotter"];
 
 /// What makes networks of known bandwidth.
 pub const NETWORK_PACKAGES: &[&str] = &["iproute2", "util-linux"];

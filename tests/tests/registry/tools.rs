@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use tdfs_tests::fingerprint::Fingerprint;
+use tdfs_tests::images::{self, Unpacked};
 use tdfs_tests::server::Server;
-use tdfs_tests::{images, tdfs};
+use tdfs_tests::tdfs;
 use tempfile::TempDir;
 use xtask::command;
 use xtask::containerd::Containerd;
@@ -69,6 +71,43 @@ fn containerd_pulls_and_pushes() -> Result<()> {
     skopeo(&["copy", "--quiet", "--src-tls-verify=false", &format!("docker://{there}"), &target])?;
     assert_eq!(blobs(&layout)?, blobs(&back)?);
     Ok(())
+}
+
+/// The client of eStargz. What it makes of an image are gzip layers of many members, which tdfs reads like others.
+#[test]
+fn ctr_remote_pulls_converts_and_pushes() -> Result<()> {
+    let dir = TempDir::new()?;
+    let server = Server::start(&dir.path().join("registry"), &[])?;
+    let layout = images::image("nginx")?;
+    let (here, there) = (server.push(&layout, "team/nginx:v1")?, server.image("team/nginx:estargz"));
+    let containerd = Containerd::start(dir.path(), &Place::here())?;
+    let remote =
+        |arguments: &[&str]| command::output(containerd.client("ctr-remote").arg("images").args(arguments));
+    remote(&["pull", "--plain-http", "--snapshotter", "native", &here])?;
+    remote(&["convert", "--estargz", "--oci", &here, &there])?;
+    remote(&["push", "--plain-http", &there])?;
+
+    let raw = skopeo(&["inspect", "--raw", "--tls-verify=false", &format!("docker://{there}")])?;
+    let manifest: Value = serde_json::from_str(&raw)?;
+    let layers = manifest["layers"].as_array().context("no layers")?;
+    let toc = "containerd.io/snapshot/stargz/toc.digest";
+    ensure!(!layers.is_empty() && layers.iter().all(|l| l["annotations"][toc].is_string()), "{manifest}");
+
+    let back = dir.path().join("back");
+    skopeo(&[
+        "copy",
+        "--quiet",
+        "--src-tls-verify=false",
+        &format!("docker://{there}"),
+        &format!("oci:{}:latest", back.display()),
+    ])?;
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount)?;
+    let state = dir.path().join("state").display().to_string();
+    tdfs::json(["mount", &there, &mount.display().to_string(), "--state", &state])?;
+    let served = Fingerprint::of(&mount);
+    tdfs::json(["umount", &mount.display().to_string(), "--state", &state])?;
+    served?.expect_equal(&Fingerprint::of(&Unpacked::new(&back, "latest")?.path())?)
 }
 
 #[test]
