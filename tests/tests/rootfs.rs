@@ -215,6 +215,7 @@ fn kept_metadata_mounts_the_same_and_needs_the_files_for_cold_reads_only() {
             RootFs::mount_kept(Arc::new(dir), &kept, zone.hot(), image, fixture.runtime.handle()).unwrap()
         });
         for rootfs in &mounts {
+            assert!(rootfs.keepable().is_none(), "it was made of what was kept");
             let pages: u64 = zone.runs.iter().map(|run| u64::from(run.count)).sum();
             assert_eq!(rootfs.inject().unwrap().unwrap().join().unwrap(), pages);
             assert!((0..nids.len()).all(|ino| rootfs.nid_of(ino as u32) == nids[ino]));

@@ -21,6 +21,12 @@ fn skopeo(arguments: &[&str]) -> Result<String> {
     command::output(Command::new("skopeo").arg("--insecure-policy").args(arguments))
 }
 
+/// Pulls `image` into the layout `to`, for `latest`.
+fn pull(image: &str, to: &Path) -> Result<()> {
+    let (from, to) = (format!("docker://{image}"), format!("oci:{}:latest", to.display()));
+    skopeo(&["copy", "--quiet", "--src-tls-verify=false", &from, &to]).map(drop)
+}
+
 /// Digests of what a layout holds.
 fn blobs(layout: &Path) -> Result<Vec<String>> {
     let mut names: Vec<String> = std::fs::read_dir(layout.join("blobs/sha256"))?
@@ -36,12 +42,12 @@ async fn skopeo_copies_both_ways_and_deletes() -> Result<()> {
     let mut server = Server::start(&dir.path().join("registry"), &[])?;
     let layout = images::image("nginx")?;
     let source = format!("oci:{}:latest", layout.display());
-    let there = format!("docker://{}", server.image("team/nginx:v1"));
+    let image = server.image("team/nginx:v1");
+    let there = format!("docker://{image}");
     for round in 0..3 {
         skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &source, &there])?;
         let back = dir.path().join(format!("back-{round}"));
-        let target = format!("oci:{}:latest", back.display());
-        skopeo(&["copy", "--quiet", "--src-tls-verify=false", &there, &target])?;
+        pull(&image, &back)?;
         assert_eq!(blobs(&layout)?, blobs(&back)?);
         let listed = skopeo(&[
             "list-tags",
@@ -67,8 +73,7 @@ fn containerd_pulls_and_pushes() -> Result<()> {
     ctr(&["images", "pull", "--plain-http", "--snapshotter", "native", &here])?;
     ctr(&["images", "push", "--plain-http", &there, &here])?;
     let back = dir.path().join("back");
-    let target = format!("oci:{}:latest", back.display());
-    skopeo(&["copy", "--quiet", "--src-tls-verify=false", &format!("docker://{there}"), &target])?;
+    pull(&there, &back)?;
     assert_eq!(blobs(&layout)?, blobs(&back)?);
     Ok(())
 }
@@ -94,13 +99,7 @@ fn ctr_remote_pulls_converts_and_pushes() -> Result<()> {
     ensure!(!layers.is_empty() && layers.iter().all(|l| l["annotations"][toc].is_string()), "{manifest}");
 
     let back = dir.path().join("back");
-    skopeo(&[
-        "copy",
-        "--quiet",
-        "--src-tls-verify=false",
-        &format!("docker://{there}"),
-        &format!("oci:{}:latest", back.display()),
-    ])?;
+    pull(&there, &back)?;
     let mount = dir.path().join("mount");
     std::fs::create_dir(&mount)?;
     let state = dir.path().join("state").display().to_string();

@@ -43,18 +43,8 @@ fn pages_come_over_tls_or_not_at_all() -> Result<()> {
     tdfs::json(record.into_iter().chain(["--state", &recorder]).chain(tls))?;
 
     let run = |image: &str, node: &str, more: &[&str]| {
-        let run = [
-            "run",
-            image,
-            "--exit-when-ready",
-            "--network",
-            "private",
-            "--start",
-            "fetched",
-            "--state",
-            node,
-        ];
-        run.iter().chain(more).map(|a| (*a).to_owned()).collect::<Vec<_>>()
+        let run = ["run", image, "--exit-when-ready", "--network", "private", "--state", node];
+        run.iter().chain(&["--start", "fetched"]).chain(more).map(|a| (*a).to_owned()).collect::<Vec<_>>()
     };
     let cold = tdfs::json(run(&image, &node, &tls))?;
     ensure!(number(&cold, "data_requests")? + number(&cold, "metadata_requests")? == 1, "{cold}");
