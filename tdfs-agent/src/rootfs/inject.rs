@@ -2,12 +2,12 @@
 //!
 //! A thread walks the runs in order of first use, a window of them at a time, asking for each piece by
 //! `posix_fadvise(WILLNEED)`. Within a window it goes by file and page: programs touch neighbours in any order, and
-//! together they are one read instead of many. The mount's read-ahead is 0 until it ends, so that nobody pulls in cold neighbours; then it goes up for everything else, and the
-//! zone's own cached copy of the pages is dropped. Stopping early, or a page that cannot be read, costs time later and
-//! nothing else.
+//! together they are one read instead of many. The mount's read-ahead is 0 until it ends, so that nobody pulls in cold
+//! neighbours; then it goes up for everything else, and the zone's own cached copy of the pages is dropped. Stopping
+//! early, or a page that cannot be read, costs time later and nothing else.
 //!
-//! Pages that are still under way are injected as they arrive, [`GATHER`] at a time. Never before: the answer to this
-//! thread must not depend on a network.
+//! Pages that are still under way are injected as they arrive, a few milliseconds' worth at a time. Never before: the
+//! answer to this thread must not depend on a network.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
