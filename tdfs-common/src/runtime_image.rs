@@ -234,17 +234,16 @@ impl Format for Service {
         let ok = |c: bool, reason: &str| ensure(c, Self::NAME, || reason.to_owned());
         validate_segments(&self.segments, Self::NAME)?;
         ok(self.file_pages() <= FILE_PAGES_MAX, "too many pages")?;
-        let mut at = 0;
+        // Summed up once: a segment may have as many frames as there are runs.
+        let mut segments = self.segments.iter().map(Segment::zone_range).peekable();
         let mut ordered: Vec<&Run> = self.runs.iter().collect();
         ordered.sort_unstable_by_key(|r| r.zone_page);
         for run in &ordered {
             ok(run.count > 0, "empty run")?;
             ok(run.file_page.checked_add(run.count).is_some(), "run past the largest file")?;
             let (start, stop) = (u64::from(run.zone_page), u64::from(run.zone_page) + u64::from(run.count));
-            while at < self.segments.len() && self.segments[at].base + self.segments[at].pages() <= start {
-                at += 1;
-            }
-            let inside = self.segments.get(at).is_some_and(|s| s.base <= start && stop <= s.base + s.pages());
+            while segments.next_if(|s| s.end <= start).is_some() {}
+            let inside = segments.peek().is_some_and(|s| s.start <= start && stop <= s.end);
             ok(inside, "run outside the segments")?;
         }
         ordered.sort_unstable_by_key(|r| (r.ino, r.file_page));
@@ -327,6 +326,14 @@ mod tests {
         assert_eq!(placed, [(0..64, 0..9000), (64..100, 9000..13096)]);
         let d = ZoneDirectory { group: "python".into(), segments: s.segments };
         assert_eq!(decode::<ZoneDirectory>(&encode(&d).unwrap()).unwrap(), d);
+    }
+
+    #[test]
+    fn many_runs_in_many_frames_are_validated_in_one_pass() {
+        let pages = 200_000;
+        let frames = Segment { frames: vec![frame(1, 9); pages as usize], ..segment(0, 1) };
+        let runs = (0..pages).map(|n| run(n % 100, n, n, 1)).collect();
+        service(vec![frames], runs).validate().unwrap();
     }
 
     #[test]

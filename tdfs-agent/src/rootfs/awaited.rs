@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::page::{self, PAGE_SIZE};
 use tdfs_common::runtime_image::Run;
@@ -100,17 +99,17 @@ impl Awaited {
         (Some(Waited { begin, took, pages: count }), arrived)
     }
 
-    /// `len` bytes of the zone file at `offset`, which must have arrived.
-    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, i32> {
-        let mut bytes = vec![0; len];
-        if read_cached(&self.zone, &mut bytes, offset) {
-            return Ok(bytes.into());
+    /// Fills `bytes` with what lies at `offset` of the zone file, which must have arrived.
+    pub async fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), i32> {
+        if read_cached(&self.zone, bytes, offset) {
+            return Ok(());
         }
-        let zone = Arc::clone(&self.zone);
-        let read =
-            tokio::task::spawn_blocking(move || zone.read_exact_at(&mut bytes, offset).map(|()| bytes));
-        let read = read.await.map_err(|_| libc::EIO)?;
-        read.map(Bytes::from).map_err(|e: io::Error| e.raw_os_error().unwrap_or(libc::EIO))
+        let (zone, mut read) = (Arc::clone(&self.zone), vec![0; bytes.len()]);
+        let reading =
+            tokio::task::spawn_blocking(move || zone.read_exact_at(&mut read, offset).map(|()| read));
+        let read = reading.await.map_err(|_| libc::EIO)?;
+        bytes.copy_from_slice(&read.map_err(|e: io::Error| e.raw_os_error().unwrap_or(libc::EIO))?);
+        Ok(())
     }
 
     /// What was waited for so far.

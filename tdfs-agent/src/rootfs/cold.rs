@@ -232,27 +232,24 @@ impl ColdDevice {
     async fn gather(&self, files: &Files, pieces: &[Piece], len: usize) -> Result<Bytes, i32> {
         // The semaphore is never closed.
         let _slot = self.slots.acquire().await.ok();
-        if let [piece] = pieces {
-            return self.read_piece(files, piece).await;
+        if let [Piece::Layer { layer, offset, len }] = *pieces {
+            return files.layer(layer, offset, len).await;
         }
-        let mut bytes = BytesMut::with_capacity(len);
+        let mut bytes = BytesMut::zeroed(len);
+        let mut rest = &mut bytes[..];
         for piece in pieces {
-            match piece {
-                Piece::Zeros(len) => bytes.resize(bytes.len() + len, 0),
-                piece => bytes.extend_from_slice(&self.read_piece(files, piece).await?),
+            let (part, behind) = rest.split_at_mut_checked(piece.len()).ok_or(libc::EIO)?;
+            match (piece, &self.awaited) {
+                (&Piece::Layer { layer, offset, len }, _) => {
+                    part.copy_from_slice(&files.layer(layer, offset, len).await?);
+                }
+                (Piece::Awaited { offset, .. }, Some(awaited)) => awaited.read(*offset, part).await?,
+                (Piece::Awaited { .. }, None) => return Err(libc::EIO),
+                (Piece::Zeros(_), _) => {}
             }
+            rest = behind;
         }
-        Ok(bytes.freeze())
-    }
-
-    async fn read_piece(&self, files: &Files, piece: &Piece) -> Result<Bytes, i32> {
-        let bytes = match (piece, &self.awaited) {
-            (&Piece::Layer { layer, offset, len }, _) => files.source.read(layer, offset, len).await?,
-            (&Piece::Awaited { offset, len }, Some(awaited)) => awaited.read(offset, len).await?,
-            (Piece::Awaited { .. }, None) => return Err(libc::EIO),
-            (Piece::Zeros(len), _) => vec![0; *len].into(),
-        };
-        if bytes.len() == piece.len() { Ok(bytes) } else { Err(libc::EIO) }
+        if rest.is_empty() { Ok(bytes.freeze()) } else { Err(libc::EIO) }
     }
 
     /// What `len` bytes at `offset` consist of; `None` if they are not all on the device.
@@ -285,6 +282,11 @@ impl ColdDevice {
 }
 
 impl Files {
+    async fn layer(&self, layer: u32, offset: u64, len: usize) -> Result<Bytes, i32> {
+        let bytes = self.source.read(layer, offset, len).await?;
+        if bytes.len() == len { Ok(bytes) } else { Err(libc::EIO) }
+    }
+
     /// For the log: a read at `offset`.
     fn logged(&self, offset: u64, begin: Instant, took: Duration, pages: u64, error: Option<i32>) -> Read {
         let (ino, page) = self.map.locate((offset / PAGE_SIZE as u64) as u32).unwrap_or_default();

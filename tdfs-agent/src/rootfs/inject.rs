@@ -39,6 +39,9 @@ const WILLNEED_PAGES: u32 = 32;
 const WINDOW_PAGES: u32 = 1024;
 /// For how long arriving pages are gathered: frames are smaller than what neighbours in a file are spread over.
 const GATHER: Duration = Duration::from_millis(5);
+/// Pages that may be under way to the page cache: where the kernel reads in the background (`directio`, see the parent
+/// module), a page that somebody needs now queues behind them. About a millisecond.
+const IN_FLIGHT_PAGES: u32 = 256;
 /// Read-ahead once the hot pages are in, KiB: the kernel's default.
 const READ_AHEAD_AFTER: u32 = 128;
 /// Files kept open at a time; runs come back to a file often.
@@ -224,16 +227,27 @@ fn windows(runs: &[Run]) -> impl Iterator<Item = &[Run]> {
     })
 }
 
+/// Returns when all of them are in, except after a stop.
 fn inject(files: &mut Files, runs: &[Run], state: &State) -> io::Result<()> {
-    for piece in windows(runs).flat_map(pieces) {
-        if state.stop.load(Ordering::Relaxed) {
-            break;
-        }
+    let mut in_flight = 0;
+    let mut pieces = windows(runs).flat_map(pieces).peekable();
+    while let Some(piece) = pieces.next().filter(|_| !state.stop.load(Ordering::Relaxed)) {
         let file = files.open(piece.ino)?;
         advise(file, piece.page, piece.count, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
+        in_flight += piece.count;
+        if in_flight >= IN_FLIGHT_PAGES || pieces.peek().is_none() {
+            wait_for(file, piece.page + piece.count - 1);
+            in_flight = 0;
+        }
         state.pages.fetch_add(piece.count.into(), Ordering::Relaxed);
     }
     Ok(())
+}
+
+/// Until a page is in: requests are answered in their order, so those before are too. A page that cannot be read is
+/// its reader's concern.
+fn wait_for(file: &OwnedFd, page: u32) {
+    let _ = nix::sys::uio::pread(file, &mut [0], i64::from(page) * PAGE_SIZE as i64);
 }
 
 /// Injects what is there, again and again until nothing more will arrive.

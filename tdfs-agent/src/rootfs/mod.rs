@@ -11,6 +11,7 @@
 //!
 //! A hot page that is still under way when the image is mounted lies behind the cold device, whose reads can wait. So it
 //! does for the life of the mount: evicted from the page cache it is read through FUSE again, out of the zone.
+//! Where every hot page does, the mount has no zone device and reads the cold device in the background (`directio`).
 //!
 //! Nothing of it survives the process except the mounts themselves, which serve hot pages on and give EIO for cold ones,
 //! until [`recover`] removes them.
@@ -305,6 +306,11 @@ impl Mounted {
                 context.set("device", mount::fd_path(device))?;
             }
             context.flag("ro")?;
+            if zone.is_none() {
+                // The FUSE file is then read in the background (6.13, EINVAL before): many requests are answered for
+                // one wake-up instead of one for two. A zone must be read through the page cache, where its pages are.
+                let _ = context.flag("directio");
+            }
             Ok(context)
         })
         .map_err(|error| match error.source.raw_os_error() {

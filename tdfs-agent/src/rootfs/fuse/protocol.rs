@@ -21,6 +21,7 @@ const MAJOR: u32 = 7;
 /// The last version whose structures we know; the kernel speaks the lower one of both.
 const MINOR: u32 = 38;
 const INIT_ASYNC_READ: u32 = 1;
+const INIT_ASYNC_DIO: u32 = 1 << 15;
 const INIT_MAX_PAGES: u32 = 1 << 22;
 const OPEN_DIRECT_IO: u32 = 1;
 
@@ -230,7 +231,9 @@ fn init(body: &[u8]) -> Answer {
         major: MAJOR,
         minor: MINOR,
         max_readahead: init.max_readahead,
-        flags: init.flags & (INIT_ASYNC_READ | INIT_MAX_PAGES),
+        flags: init.flags & (INIT_ASYNC_READ | INIT_ASYNC_DIO | INIT_MAX_PAGES),
+        // Reads that wait for their pages must not keep the others from being sent.
+        max_background: u16::MAX,
         max_write: 4096,
         time_gran: 1,
         max_pages: READ_PAGES_MAX,
@@ -312,7 +315,7 @@ mod tests {
         assert_eq!(ask(7, 22), Answer::Error(libc::EPROTO));
         let Answer::Body(out) = ask(7, 44) else { panic!("no body") };
         assert_eq!(out.len(), 64);
-        assert_eq!(out[12..16], (INIT_ASYNC_READ | INIT_MAX_PAGES).to_ne_bytes());
+        assert_eq!(out[12..16], (INIT_ASYNC_READ | INIT_ASYNC_DIO | INIT_MAX_PAGES).to_ne_bytes());
     }
 
     proptest! {
