@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufReader, Read as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::thread::JoinHandle;
 
@@ -56,6 +56,22 @@ pub fn error(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<S
 
 fn output(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output> {
     command(["--json"])?.args(arguments).output().context("start tdfs")
+}
+
+/// Mounts `image` on a node, shows its files to `look` and unmounts it.
+pub fn mounted<T>(image: &str, state: &Path, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let parent = tempfile::tempdir()?;
+    let target = parent.path().join("mount");
+    std::fs::create_dir(&target)?;
+    // A relative path, and one that reads like the command.
+    let mut mount = command(["--json", "mount", image, "mount", "--state"])?;
+    let output = mount.arg(state).current_dir(&parent).output().context("start tdfs")?;
+    if !output.status.success() {
+        bail!("tdfs failed: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    let seen = look(&target);
+    json(["umount".as_ref(), target.as_os_str(), "--state".as_ref(), state.as_os_str()])?;
+    seen
 }
 
 /// A `tdfs run` in the foreground: it has reported readiness and its container lives.

@@ -34,9 +34,13 @@ fn request(args: &MountArgs) -> anyhow::Result<MountRequest> {
 }
 
 async fn own_server() -> anyhow::Result<MountReport> {
-    // The same arguments: the server parses them itself.
     let program = std::env::current_exe().context("cannot find my own program")?;
-    let own = std::env::args_os().skip(1).map(|a| if a == "mount" { "serve-mount".into() } else { a });
+    // The same arguments: the server parses them itself. What comes before the command takes no values, and what comes
+    // behind it may be called "mount" too.
+    let mut own: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(command) = own.iter_mut().find(|a| *a == "mount") {
+        *command = "serve-mount".into();
+    }
     let mut server = tokio::process::Command::new(program)
         .args(own)
         .stdin(Stdio::null())

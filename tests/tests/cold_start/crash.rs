@@ -43,11 +43,7 @@ fn killed_at_random_moments() -> Result<()> {
     ensure!(report["service"] == "http", "{report}");
 
     let oracle = Fingerprint::of(&Unpacked::new(&images::image("python")?, "latest")?.path())?;
-    let target = tempfile::tempdir()?;
-    tdfs::json(["mount", &recorded.reference(), &show(target.path()), "--state", &show(&node)])?;
-    let seen = Fingerprint::of(target.path());
-    tdfs::json(["umount", &show(target.path()), "--state", &show(&node)])?;
-    seen?.expect_equal(&oracle)?;
+    tdfs::mounted(&recorded.reference(), &node, Fingerprint::of)?.expect_equal(&oracle)?;
     expect_clean(&node)
 }
 

@@ -100,13 +100,8 @@ fn ctr_remote_pulls_converts_and_pushes() -> Result<()> {
 
     let back = dir.path().join("back");
     pull(&there, &back)?;
-    let mount = dir.path().join("mount");
-    std::fs::create_dir(&mount)?;
-    let state = dir.path().join("state").display().to_string();
-    tdfs::json(["mount", &there, &mount.display().to_string(), "--state", &state])?;
-    let served = Fingerprint::of(&mount);
-    tdfs::json(["umount", &mount.display().to_string(), "--state", &state])?;
-    served?.expect_equal(&Fingerprint::of(&Unpacked::new(&back, "latest")?.path())?)
+    let served = tdfs::mounted(&there, &dir.path().join("state"), Fingerprint::of)?;
+    served.expect_equal(&Fingerprint::of(&Unpacked::new(&back, "latest")?.path())?)
 }
 
 #[test]

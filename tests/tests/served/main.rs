@@ -84,13 +84,7 @@ impl Served {
 
     /// Looks at the files of the image at `address` as a node sees them.
     fn mounted(&self, address: SocketAddr, node: &str, look: impl Fn(&Path) -> Result<()>) -> Result<()> {
-        let target = tempfile::tempdir()?;
-        let (image, state) = (format!("{address}/{}", self.name()), self.show(node));
-        let shown = target.path().display().to_string();
-        tdfs::json(["mount", &image, &shown, "--state", &state])?;
-        let seen = look(target.path());
-        tdfs::json(["umount", &shown, "--state", &state])?;
-        seen
+        tdfs::mounted(&format!("{address}/{}", self.name()), &self.path(node), look)
     }
 
     /// Fails unless the files that a node sees are those of the image, with what it has fetched and what `address` serves.

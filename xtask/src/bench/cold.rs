@@ -20,7 +20,7 @@ use xtask::registry::Registry;
 use xtask::{command, install};
 
 use super::ColdArgs;
-use super::methods::{FullPull, Method, Start, Tdfs, Warm};
+use super::methods::{FullPull, Method, Moment, Start, Tdfs, Warm};
 use super::peer::{Description, Peer};
 use super::report::{self, Results};
 use super::warm::WarmOverlay;
@@ -40,6 +40,9 @@ pub struct Sample {
     pub link_bytes: u64,
     /// Packets that the node received until then.
     pub link_packets: u64,
+    /// Bytes that the node had received when the program told what it received, which may be later: a service goes on
+    /// reading. It stands beside what was told.
+    pub link_bytes_told: Option<u64>,
     /// What the start told, unless it failed.
     #[serde(flatten)]
     pub start: Option<Start>,
@@ -110,9 +113,13 @@ fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn 
     link.shape(Some(rate))?;
     let before = link.passed()?;
     // What a container reads while it ends is no part of its start.
-    let mut at_ready = None;
-    let started = method.start(&mut || at_ready = Some(link.passed()));
-    let passed = at_ready.unwrap_or_else(|| link.passed())? - before;
+    let (mut answered, mut told) = (None, None);
+    let started = method.start(&mut |moment| match moment {
+        Moment::Answered => answered = Some(link.passed()),
+        Moment::Told => told = Some(link.passed()),
+    });
+    let passed = answered.unwrap_or_else(|| link.passed())? - before;
+    let told = told.transpose()?.map(|passed| (passed - before).bytes);
     let (start, failed) = match started {
         Ok(start) => (Some(start), None),
         Err(error) => (None, Some(format!("{error:#}"))),
@@ -124,6 +131,7 @@ fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn 
         round,
         link_bytes: passed.bytes,
         link_packets: passed.packets,
+        link_bytes_told: told,
         start,
         failed,
     })

@@ -33,14 +33,23 @@ pub struct Start {
     pub report: Option<Value>,
 }
 
+/// What a start has come to; what passed the link until then is looked up at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The service has answered.
+    Answered,
+    /// The program has told what it received.
+    Told,
+}
+
 /// A way to start a service on a node that has nothing of it.
 pub trait Method {
     /// Its name in the table.
     fn name(&self) -> &str;
     /// Makes the node empty again. Not timed.
     fn reset(&mut self) -> Result<()>;
-    /// Starts the service, calls `answered` when it has answered, and ends it.
-    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start>;
+    /// Starts the service, calls `reached` when it has answered and perhaps later, and ends it.
+    fn start(&mut self, reached: &mut dyn FnMut(Moment)) -> Result<Start>;
 }
 
 /// The files of the image are unpacked and cached: no cold start is faster.
@@ -56,9 +65,9 @@ impl Method for Warm<'_> {
         self.0.start().map(drop)
     }
 
-    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
+    fn start(&mut self, reached: &mut dyn FnMut(Moment)) -> Result<Start> {
         let ready_ms = self.0.start()?;
-        answered();
+        reached(Moment::Answered);
         Ok(Start { ready_ms, ..Start::default() })
     }
 }
@@ -85,11 +94,11 @@ impl Method for FullPull<'_> {
         Ok(())
     }
 
-    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
+    fn start(&mut self, reached: &mut dyn FnMut(Moment)) -> Result<Start> {
         let containerd = self.containerd.take().context("no containerd")?;
         let start = containerd.start_service(&self.reference, self.service)?;
         // It fetches nothing after the pull.
-        answered();
+        reached(Moment::Answered);
         let ready_ms = (start.pull + start.start + start.ready).as_secs_f64() * 1000.0;
         Ok(Start { ready_ms, ..Start::default() })
     }
@@ -117,7 +126,7 @@ impl Method for Tdfs<'_> {
         Ok(())
     }
 
-    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
+    fn start(&mut self, reached: &mut dyn FnMut(Moment)) -> Result<Start> {
         let state = self.state.as_ref().context("no state directory")?;
         let mut command = self.place.command(&self.program);
         command.args(["--json", "run", &self.reference, "--plain-http", "--service", self.service.name]);
@@ -132,8 +141,8 @@ impl Method for Tdfs<'_> {
             None => bail!("a start of an empty node is measured at the end of a link"),
         };
         let ready_ms = started.elapsed().as_secs_f64() * 1000.0;
-        answered();
-        let (report, memory) = end(child)?;
+        reached(Moment::Answered);
+        let (report, memory) = end(child, reached)?;
         let said = || fs::read_to_string(&log).unwrap_or_default().trim().to_owned();
         outcome.with_context(said)?;
         let report = serde_json::from_str(&report).with_context(said)?;
@@ -142,7 +151,7 @@ impl Method for Tdfs<'_> {
 }
 
 /// Tells `tdfs run` to end, by the signal that every service of ours handles as the first process of a container; returns what it printed and its peak of memory.
-fn end(mut child: Child) -> Result<(String, Option<u64>)> {
+fn end(mut child: Child, reached: &mut dyn FnMut(Moment)) -> Result<(String, Option<u64>)> {
     let pid = child.id();
     // It prints its report as soon as it knows that the service is ready, which may be after the client does.
     let mut output = child.stdout.take().context("no output")?;
@@ -154,6 +163,7 @@ fn end(mut child: Child) -> Result<(String, Option<u64>)> {
             n => report.extend_from_slice(&byte[..n]),
         }
     }
+    reached(Moment::Told);
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let peak = status
         .lines()

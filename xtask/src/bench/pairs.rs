@@ -81,7 +81,7 @@ fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs
         state: None,
     };
     resident.reset()?;
-    Pairs::measure(pairs, || Ok(resident.start(&mut || ())?.ready_ms), || warm.start())
+    Pairs::measure(pairs, || Ok(resident.start(&mut |_| ())?.ready_ms), || warm.start())
 }
 
 /// The same recording with typed tracepoints and without any probe, when the page cache is asked afterwards. The time is

@@ -25,7 +25,7 @@ use xtask::images::Service;
 use xtask::network::Place;
 use xtask::ready;
 
-use super::methods::{Method, Start};
+use super::methods::{Method, Moment, Start};
 
 /// The file.
 #[derive(Clone, Debug, Deserialize)]
@@ -98,7 +98,7 @@ impl Method for Peer<'_> {
         Ok(())
     }
 
-    fn start(&mut self, answered: &mut dyn FnMut()) -> Result<Start> {
+    fn start(&mut self, reached: &mut dyn FnMut(Moment)) -> Result<Start> {
         let Some(namespace) = self.place.namespace() else {
             bail!("a peer is measured at the end of a link")
         };
@@ -108,7 +108,7 @@ impl Method for Peer<'_> {
         let mut child = start.spawn().context("cannot start a shell")?;
         let outcome = ready::wait_in(self.service, namespace, None);
         let ready_ms = started.elapsed().as_secs_f64() * 1000.0;
-        answered();
+        reached(Moment::Answered);
         if let Some(clean) = &self.description.clean {
             command::output(&mut self.shell(clean)?)?;
         }

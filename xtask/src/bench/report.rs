@@ -1,7 +1,8 @@
 //! The results as JSON, as a Markdown table and as a page.
 //!
 //! Two columns check the others. *÷ floor* below 1 would mean that something is measured wrong. *÷ told* is what passed the
-//! link next to what the program says it received: above 1 by headers, acknowledgements and handshakes, never below.
+//! link, until the program said what it received, next to that: above 1 by headers, acknowledgements and handshakes,
+//! never below.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -133,7 +134,9 @@ impl Results {
             row.ready.push(start.ready_ms);
             row.bytes.push(sample.link_bytes as f64);
             let told = start.report.as_ref().and_then(|r| r["bytes_received"].as_f64());
-            row.told.extend(told.filter(|bytes| *bytes > 0.0).map(|bytes| sample.link_bytes as f64 / bytes));
+            let passed = sample.link_bytes_told.map(|bytes| bytes as f64);
+            row.told
+                .extend(passed.zip(told.filter(|bytes| *bytes > 0.0)).map(|(passed, told)| passed / told));
             row.packets.push(sample.link_packets as f64);
             row.memory.extend(start.memory.map(|bytes| bytes as f64));
             row.requests.extend(start.report.as_ref().and_then(requests));
@@ -267,6 +270,7 @@ mod tests {
             round: 0,
             link_bytes: 1_500_000,
             link_packets: 3,
+            link_bytes_told: Some(1_500_000),
             start: ready.map(start),
             failed: ready.is_none().then(|| "<gone>".into()),
         }
