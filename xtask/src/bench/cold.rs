@@ -8,13 +8,12 @@
 //! A start that fails is a row of the result like any other. The floor of a start is the longer of a warm start and the
 //! time that the compressed pages take on the wire; nothing can be faster.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tempfile::TempDir;
-use xtask::images::{self, Cache, Compression, IMAGES, Image};
+use xtask::images::IMAGES;
 use xtask::network::{Link, Place, Rate, Side};
 use xtask::registry::Registry;
 use xtask::{command, install};
@@ -23,6 +22,7 @@ use super::ColdArgs;
 use super::methods::{FullPull, Method, Moment, Start, Tdfs, Warm};
 use super::peer::{Description, Peer};
 use super::report::{self, Results};
+use super::subject::Subject;
 use super::warm::WarmOverlay;
 
 /// One start.
@@ -69,29 +69,29 @@ pub fn run(args: &ColdArgs) -> Result<()> {
         [] => IMAGES.iter().map(|image| image.name).collect(),
         named => named.iter().map(String::as_str).collect(),
     };
-    let chosen = names.iter().map(|name| images::recipe(name)).collect::<Result<Vec<_>>>()?;
     let peers = args.peer.iter().map(|path| Description::read(path)).collect::<Result<Vec<_>>>()?;
     let tdfs = crate::demo::build_release()?;
     let directory = TempDir::with_prefix_in("bench-", command::workspace().join("target"))?;
-    let link = Link::new(u8::try_from(std::process::id() % 200)?)?;
+    let link = Link::new(u8::try_from(std::process::id() % 200)?, args.rtt)?;
     let (server, node) = (link.place(Side::Registry), link.place(Side::Node));
     let registry = Registry::start(directory.path(), &server)?;
     let ours = Registry::start_tdfs(&tdfs, directory.path(), &server)?;
     let site = Site { registry, ours, server, node, tdfs };
 
     let output = command::workspace().join(&args.output);
-    let mut results = Results::new(args.rounds);
-    for image in chosen {
-        eprintln!("==> {}: images and a recording", image.name);
-        let work = TempDir::with_prefix_in(format!("{}-", image.name), directory.path())?;
-        let mut methods = methods(&site, image, work.path(), &peers)?;
+    let mut results = Results::new(args.rtt, args.rounds);
+    for name in names {
+        eprintln!("==> {name}: images and a recording");
+        let work = TempDir::with_prefix_in("image-", directory.path())?;
+        let subject = Subject::new(name, work.path())?;
+        let mut methods = methods(&site, &subject, work.path(), &peers)?;
         methods.retain(|m| args.method.is_empty() || args.method.iter().any(|part| m.name().contains(part)));
         for &rate in &args.rate {
             for round in 0..args.rounds {
                 // Whoever comes next meets what the one before left behind: another one each round.
                 methods.rotate_left(usize::from(round > 0));
                 for method in &mut methods {
-                    let sample = measure(&link, rate, image.name, round, &mut **method)?;
+                    let sample = measure(&link, rate, &subject.name, round, &mut **method)?;
                     eprintln!("{}", report::line(&sample));
                     results.samples.push(sample);
                 }
@@ -140,18 +140,14 @@ fn measure(link: &Link, rate: Rate, image: &str, round: usize, method: &mut dyn 
 /// Pushes and records the image, and prepares every method for it.
 fn methods<'a>(
     site: &Site,
-    image: &'static Image,
+    subject: &'a Subject,
     work: &'a Path,
     peers: &[Description],
 ) -> Result<Vec<Box<dyn Method + 'a>>> {
-    let service = &image.services[0];
-    let mut layouts = BTreeMap::new();
-    for compression in [Compression::Gzip, Compression::Zstd] {
-        layouts.insert(compression == Compression::Zstd, Cache::default().image(image, compression)?);
-    }
-    let gzip = site.registry.push(&layouts[&false], image.name)?;
-    let zstd = site.registry.push(&layouts[&true], &format!("{}-zstd", image.name))?;
-    let ours = site.ours.push(&layouts[&false], image.name)?;
+    let service = &subject.service;
+    let gzip = site.registry.push(&subject.gzip, &subject.name)?;
+    let zstd = site.registry.push(&subject.zstd, &format!("{}-zstd", subject.name))?;
+    let ours = site.ours.push(&subject.gzip, &subject.name)?;
     let trace = work.join("trace");
     let tdfs = |command: &str, reference: &str| {
         let mut tdfs = site.server.command(&site.tdfs);
@@ -183,7 +179,7 @@ fn methods<'a>(
         state: None,
     };
     let mut methods: Vec<Box<dyn Method + 'a>> = vec![
-        Box::new(Warm(WarmOverlay::new(image, service, work, &site.node)?)),
+        Box::new(Warm(WarmOverlay::new(subject, work, &site.node)?)),
         Box::new(full("full pull, gzip", &gzip)),
         Box::new(full("full pull, zstd", &zstd)),
         Box::new(cold("tdfs, ranges", &gzip, &["--start", "fetched"])),

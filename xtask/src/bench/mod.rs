@@ -11,9 +11,11 @@ mod pairs;
 mod peer;
 mod report;
 mod statistics;
+mod subject;
 mod warm;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -31,12 +33,16 @@ pub enum Bench {
 /// Options of `bench cold`.
 #[derive(Args, Clone, Debug)]
 pub struct ColdArgs {
-    /// nginx, redis, python or pytorch; may be given several times [default: all]
-    #[arg(long, value_name = "NAME")]
+    /// nginx, redis, python or pytorch, or a TOML file that describes another; may be given several times [default: the
+    /// four]
+    #[arg(long, value_name = "IMAGE")]
     image: Vec<String>,
     /// Bandwidth; may be given several times
     #[arg(long, value_name = "RATE", default_values = ["10gbit", "1gbit", "100mbit"])]
     rate: Vec<Rate>,
+    /// Round-trip time that the link has on top of its own, such as 10ms
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    rtt: Duration,
     /// Starts by each method
     #[arg(long, value_name = "N", default_value_t = 5)]
     rounds: usize,
@@ -54,8 +60,8 @@ pub struct ColdArgs {
 /// Options of `bench pairs`.
 #[derive(Args, Clone, Debug)]
 pub struct PairsArgs {
-    /// nginx, redis, python or pytorch
-    #[arg(long, value_name = "NAME", default_value = "python")]
+    /// nginx, redis, python or pytorch, or a TOML file that describes another
+    #[arg(long, value_name = "IMAGE", default_value = "python")]
     image: String,
     /// Pairs of starts
     #[arg(long, value_name = "N", default_value_t = 10)]

@@ -7,28 +7,30 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use xtask::images::{self, Cache, Compression, Image};
+use xtask::images::{self, Cache, Compression};
 use xtask::network::{Link, Side};
 use xtask::table::Table;
 use xtask::{command, install};
 
 use super::methods::{self, Method as _};
 use super::statistics::{median, quantile};
+use super::subject::Subject;
 use super::warm::WarmOverlay;
 
 /// Runs `pairs` pairs of each comparison on the image called `name` and prints a table and one line of JSON.
 pub fn run(name: &str, pairs: usize) -> Result<()> {
-    let image = images::recipe(name)?;
     install::packages(install::IMAGE_PACKAGES)?;
     install::packages(install::RUN_PACKAGES)?;
     install::require_root("to mount and to run containers")?;
     let tdfs = Tdfs { program: crate::demo::build_release()? };
-    let layout = Cache::default().image(image, Compression::Gzip)?;
     let directory = TempDir::with_prefix_in("bench-", command::workspace().join("target"))?;
+    let subject = Subject::new(name, directory.path())?;
+    let name = &subject.name;
 
     let mut table = Table::new(&["milliseconds", "tdfs", "reference", "ratio", "quartiles", "pairs"]);
     let mut results = json!({ "image": name, "pairs": pairs });
@@ -46,7 +48,7 @@ pub fn run(name: &str, pairs: usize) -> Result<()> {
         );
         results[key] = measured.json();
     };
-    let warm = warm_start(&tdfs, image, &layout, directory.path(), pairs)?;
+    let warm = warm_start(&tdfs, &subject, directory.path(), pairs)?;
     report("warm_start", format!("{name}: resident start / warm overlay"), &warm);
     let probe = probe_cost(&tdfs, directory.path(), pairs)?;
     report("probe_cost", "python: recorded start with probe / without".into(), &probe);
@@ -55,21 +57,21 @@ pub fn run(name: &str, pairs: usize) -> Result<()> {
 }
 
 /// A start with its runtime image resident, and one on an overlay of the unpacked layers.
-fn warm_start(tdfs: &Tdfs, image: &Image, layout: &Path, directory: &Path, pairs: usize) -> Result<Pairs> {
-    let service = &image.services[0];
+fn warm_start(tdfs: &Tdfs, subject: &Subject, directory: &Path, pairs: usize) -> Result<Pairs> {
+    let service = &subject.service;
     let packed = directory.join("packed");
     tdfs.json(
         tdfs.command()
             .arg("record")
-            .arg(format!("oci:{}", layout.display()))
+            .arg(format!("oci:{}", subject.gzip.display()))
             // Where it is going to run: services read other files in other networks.
             .args(["--service", service.name, "--ready", service.ready, "--network", "host"])
             .args([path("--output", &packed), path("--state", &directory.join("ci"))].concat()),
     )?;
     install::packages(install::NETWORK_PACKAGES)?;
-    let link = Link::new(u8::try_from(std::process::id() % 200)?)?;
+    let link = Link::new(u8::try_from(std::process::id() % 200)?, Duration::ZERO)?;
     let place = link.place(Side::Node);
-    let warm = WarmOverlay::new(image, service, directory, &place)?;
+    let warm = WarmOverlay::new(subject, directory, &place)?;
     let mut resident = methods::Tdfs {
         name: "tdfs, resident",
         place,

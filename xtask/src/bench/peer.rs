@@ -10,7 +10,7 @@
 //!
 //! Each is a shell command that runs in the network of the node and gets `IMAGE` (reference of the gzip image in a plain
 //! registry), `IMAGE_ZSTD`, `STATE` (a directory, empty before each start), `SERVICE` (the command to run in the
-//! container) and `PORT`. `start` may end or go on; what it left running, `clean` ends.
+//! container; empty where it is the image's own) and `PORT`. `start` may end or go on; what it left running, `clean` ends.
 
 use std::fs;
 use std::path::Path;

@@ -7,6 +7,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -22,6 +23,8 @@ use super::statistics::{median, quantile};
 pub struct Results {
     /// What the machine is, in words.
     pub machine: String,
+    /// What every round trip takes longer than on the machine itself, milliseconds.
+    pub rtt_ms: f64,
     /// Starts by each method.
     pub rounds: usize,
     /// In the order they were made.
@@ -48,8 +51,8 @@ struct Row<'a> {
 
 impl Results {
     /// Without samples yet.
-    pub fn new(rounds: usize) -> Self {
-        Self { machine: machine(), rounds, samples: Vec::new() }
+    pub fn new(rtt: Duration, rounds: usize) -> Self {
+        Self { machine: machine(), rtt_ms: rtt.as_secs_f64() * 1000.0, rounds, samples: Vec::new() }
     }
 
     /// The table, for people.
@@ -100,7 +103,7 @@ impl Results {
             fs::write(&path, text).with_context(|| path.display().to_string())
         };
         write("results.json", &serde_json::to_string_pretty(self)?)?;
-        write("table.md", &format!("{}\n\n{}", self.machine, self.table()))?;
+        write("table.md", &format!("{}\n\n{}", self.circumstances(), self.table()))?;
         write("report.html", &self.page())
     }
 
@@ -168,6 +171,15 @@ impl Results {
         median(&pages.map(|pages| pages * 4096.0).collect::<Vec<_>>())
     }
 
+    fn circumstances(&self) -> String {
+        let rtt = if self.rtt_ms > 0.0 {
+            format!(", round trips {} ms longer", self.rtt_ms)
+        } else {
+            String::new()
+        };
+        format!("{}{rtt}", self.machine)
+    }
+
     /// A page without anything from elsewhere: the table as bars.
     fn page(&self) -> String {
         let mut body = String::new();
@@ -197,7 +209,7 @@ impl Results {
              margin:2em;max-width:70em}}td{{padding:.2em .8em .2em 0;white-space:nowrap}}.bar{{width:100%}}\
              .bar div{{background:#47a;height:1em}}</style><h1>Empty node to ready</h1><p>{}; medians of {} \
              starts each, quartiles in brackets.</p>{body}",
-            escaped(&self.machine),
+            escaped(&self.circumstances()),
             self.rounds,
         )
     }
@@ -284,7 +296,7 @@ mod tests {
             sample("x", None, 0),
             sample("x", Some(3000.0), 1_000_000),
         ];
-        let results = Results { machine: "m<".into(), rounds: 3, samples };
+        let results = Results { machine: "m<".into(), rtt_ms: 10.0, rounds: 3, samples };
         let rows = results.rows();
         assert_eq!(rows.len(), 2);
         // A million bytes at a million bytes per second.
@@ -293,6 +305,10 @@ mod tests {
         for shown in ["2500", "2.50", "1.250", "0.37"] {
             assert!(table.contains(shown), "{shown}: {table}");
         }
-        assert!(results.page().contains("1 failed") && results.page().contains("m&lt;"));
+        assert!(
+            results.page().contains("10 ms")
+                && results.page().contains("1 failed")
+                && results.page().contains("m&lt;")
+        );
     }
 }

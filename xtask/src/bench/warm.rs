@@ -9,9 +9,11 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
-use xtask::images::{Cache, Image, Service};
+use xtask::images::Service;
 use xtask::network::Place;
 use xtask::{command, ready};
+
+use super::subject::Subject;
 
 /// The service on an overlay of the unpacked layers under runc.
 pub struct WarmOverlay<'a> {
@@ -24,9 +26,8 @@ pub struct WarmOverlay<'a> {
 
 impl<'a> WarmOverlay<'a> {
     /// Prepares starts at `place`; what they need lies in `directory`.
-    pub fn new(image: &Image, service: &'a Service, directory: &Path, place: &Place) -> Result<Self> {
-        let layers = Cache::default().unpacked(image)?;
-        let layers: Vec<_> = layers.iter().map(|layer| layer.display().to_string()).collect();
+    pub fn new(subject: &'a Subject, directory: &Path, place: &Place) -> Result<Self> {
+        let layers: Vec<_> = subject.lower.iter().map(|layer| layer.display().to_string()).collect();
         let bundle = directory.join("bundle");
         for sub in ["rootfs", "upper", "work"] {
             fs::create_dir_all(bundle.join(sub))?;
@@ -35,8 +36,15 @@ impl<'a> WarmOverlay<'a> {
         let file = bundle.join("config.json");
         let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
         spec["root"] = json!({ "path": "rootfs", "readonly": false });
+        match &subject.process {
+            Some(process) => {
+                for part in ["args", "cwd", "env", "user"] {
+                    spec["process"][part] = process[part].clone();
+                }
+            }
+            None => spec["process"]["args"] = json!(subject.service.command),
+        }
         spec["process"]["terminal"] = json!(false);
-        spec["process"]["args"] = json!(service.command);
         for set in ["bounding", "effective", "permitted"] {
             spec["process"]["capabilities"][set] = json!(CAPABILITIES);
         }
@@ -48,7 +56,7 @@ impl<'a> WarmOverlay<'a> {
         fs::write(&file, spec.to_string())?;
         Ok(Self {
             place: place.clone(),
-            service,
+            service: &subject.service,
             bundle,
             lower: layers.join(":"),
             id: format!("tdfs-bench-{}", std::process::id()),

@@ -12,7 +12,7 @@ pub struct Image {
 }
 
 /// One way to run an image.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Service {
     /// Its name, for `--service`.
     pub name: &'static str,
