@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::command;
@@ -40,13 +40,12 @@ pub enum Side {
     Node,
 }
 
-/// What passed the node's end of the link since it was made.
+/// What passed the link towards the node, as it is on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Passed {
-    /// Bytes received, with Ethernet headers: those of segments that the kernel hands on together count once, which hides
-    /// up to 4.5 % of what is on the wire.
+    /// Bytes, with the headers of every packet.
     pub bytes: u64,
-    /// Packets received; several segments count as one where the kernel hands them on together.
+    /// Packets.
     pub packets: u64,
 }
 
@@ -146,17 +145,19 @@ impl Link {
         Ok(())
     }
 
-    /// What the node received so far.
+    /// What was sent to the node since the link was shaped.
     ///
     /// # Errors
     ///
-    /// When `ip` fails.
+    /// When it is not shaped, or `tc` fails.
     pub fn passed(&self) -> Result<Passed> {
-        let node = self.namespace(Side::Node);
-        let shown = ip(&["-n", &node, "-s", "-j", "link", "show", "dev", DEVICE])?;
-        let shown: Value = serde_json::from_str(&shown).context("the JSON of ip")?;
-        let received = &shown[0]["stats64"]["rx"];
-        let number = |name: &str| received[name].as_u64().with_context(|| format!("{name} in {received}"));
+        let registry = self.namespace(Side::Registry);
+        let mut tc = Command::new("tc");
+        let shown = command::output(tc.args(["-n", &registry, "-s", "-j", "qdisc", "show", "dev", DEVICE]))?;
+        let shown: Value = serde_json::from_str(&shown).context("the JSON of tc")?;
+        let sent = &shown[0];
+        ensure!(sent["kind"] == "tbf", "a link counts what passes while it is shaped");
+        let number = |name: &str| sent[name].as_u64().with_context(|| format!("{name} in {sent}"));
         Ok(Passed { bytes: number("bytes")?, packets: number("packets")? })
     }
 

@@ -1,5 +1,8 @@
 //! The results as JSON, as a Markdown table and as a page.
 //!
+//! *÷ floor* is next to what no start can beat, *÷ own wire* next to the longer of a warm start and what this start itself
+//! received, file tree, page table and headers too.
+//!
 //! Two columns check the others. *÷ floor* below 1 would mean that something is measured wrong. *÷ told* is what passed the
 //! link, until the program said what it received, next to that: above 1 by headers, acknowledgements and handshakes,
 //! never below.
@@ -45,8 +48,17 @@ struct Row<'a> {
     memory: Vec<f64>,
     failed: usize,
     floor: f64,
+    /// Milliseconds of a warm start.
+    warm: f64,
     /// Bytes of the pages that are read until ready.
     touched: f64,
+}
+
+impl Row<'_> {
+    /// The longer of a warm start and the time that all it received takes on the wire, milliseconds.
+    fn own_floor(&self) -> f64 {
+        self.warm.max(median(&self.bytes) * 8000.0 / self.rate.bits as f64)
+    }
 }
 
 impl Results {
@@ -62,6 +74,7 @@ impl Results {
             "ready, ms",
             "quartiles",
             "÷ floor",
+            "÷ own wire",
             "MB received",
             "÷ told",
             "÷ touched",
@@ -82,6 +95,7 @@ impl Results {
                         shown(quantile(&row.ready, 0.75), 0)
                     ),
                     shown(median(&row.ready) / row.floor, 2),
+                    shown(median(&row.ready) / row.own_floor(), 2),
                     shown(median(&row.bytes) / 1e6, 1),
                     shown(median(&row.told), 3),
                     shown(median(&row.bytes) / row.touched, 2),
@@ -125,6 +139,7 @@ impl Results {
                     memory: Vec::new(),
                     failed: 0,
                     floor: self.floor(&sample.image, rate),
+                    warm: self.warm(&sample.image, rate),
                     touched: self.touched(&sample.image),
                 });
                 rows.len() - 1
@@ -151,16 +166,22 @@ impl Results {
     /// Milliseconds below which no start of `image` can be: a warm one, or its compressed pages on the wire. NaN where
     /// neither was measured.
     fn floor(&self, image: &str, rate: Rate) -> f64 {
-        let of = |value: &dyn Fn(&Sample) -> Option<f64>| {
-            let mine = self.samples.iter().filter(|s| s.image == image && s.rate == rate.bits);
-            median(&mine.filter_map(value).collect::<Vec<_>>())
-        };
-        let warm = of(&|s| s.start.as_ref().filter(|_| s.method == "warm start").map(|start| start.ready_ms));
-        let wire = of(&|s| {
+        let wire = self.median(image, rate, |s| {
             let bytes = s.start.as_ref()?.report.as_ref()?["bytes_fetched"].as_f64()?;
             (bytes > 0.0).then_some(bytes * 8000.0 / rate.bits as f64)
         });
-        warm.max(wire)
+        self.warm(image, rate).max(wire)
+    }
+
+    /// Milliseconds of a warm start of `image`. NaN where none was measured.
+    fn warm(&self, image: &str, rate: Rate) -> f64 {
+        let warm = |s: &Sample| s.start.as_ref().filter(|_| s.method == "warm start").map(|s| s.ready_ms);
+        self.median(image, rate, warm)
+    }
+
+    fn median(&self, image: &str, rate: Rate, value: impl Fn(&Sample) -> Option<f64>) -> f64 {
+        let mine = self.samples.iter().filter(|s| s.image == image && s.rate == rate.bits);
+        median(&mine.filter_map(value).collect::<Vec<_>>())
     }
 
     /// Bytes of the pages that the recorded start of `image` touched, uncompressed: what I/O amplification is relative to.
@@ -302,7 +323,9 @@ mod tests {
         // A million bytes at a million bytes per second.
         assert!((rows[1].floor - 1000.0).abs() < 1e-6);
         let table = results.table().to_string();
-        for shown in ["2500", "2.50", "1.250", "0.37"] {
+        // 1.5 million bytes by its own wire.
+        assert!((rows[1].own_floor() - 1500.0).abs() < 1e-6);
+        for shown in ["2500", "2.50", "1.67", "1.250", "0.37"] {
             assert!(table.contains(shown), "{shown}: {table}");
         }
         assert!(
