@@ -419,7 +419,9 @@ fn waiting_reader_at(file: File, offset: u64) -> JoinHandle<io::Result<()>> {
         file.read_exact_at(&mut [0; 1], offset)
     });
     let waits_in = format!("/proc/self/task/{}/wchan", told.recv().unwrap());
-    while !fs::read_to_string(&waits_in).unwrap().contains("request_wait_answer") {
+    // For the answer of FUSE or, where that is read in the background, for the page.
+    let waits = |place: &str| place.contains("request_wait_answer") || place.contains("folio_wait");
+    while !waits(&fs::read_to_string(&waits_in).unwrap()) {
         std::thread::yield_now();
     }
     reader
