@@ -32,13 +32,7 @@ pub fn command(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result
 
 /// Runs `tdfs --json` with these arguments to its end and returns the object that it printed.
 pub fn json(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Value> {
-    let output = output(arguments)?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        bail!("tdfs failed: {}\n{stderr}", output.status);
-    }
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("not JSON: {:?}\n{stderr}", String::from_utf8_lossy(&output.stdout)))
+    said(&output(arguments)?)
 }
 
 /// Runs `tdfs --json` with these arguments, which must fail, and returns its one line of error.
@@ -58,6 +52,16 @@ fn output(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Outp
     command(["--json"])?.args(arguments).output().context("start tdfs")
 }
 
+/// The object that a `tdfs` which has succeeded printed.
+fn said(output: &Output) -> Result<Value> {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("tdfs failed: {}\n{stderr}", output.status);
+    }
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("not JSON: {:?}\n{stderr}", String::from_utf8_lossy(&output.stdout)))
+}
+
 /// Mounts `image` on a node, shows its files to `look` and unmounts it.
 pub fn mounted<T>(image: &str, state: &Path, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let parent = tempfile::tempdir()?;
@@ -65,10 +69,7 @@ pub fn mounted<T>(image: &str, state: &Path, look: impl FnOnce(&Path) -> Result<
     std::fs::create_dir(&target)?;
     // A relative path, and one that reads like the command.
     let mut mount = command(["--json", "mount", image, "mount", "--state"])?;
-    let output = mount.arg(state).current_dir(&parent).output().context("start tdfs")?;
-    if !output.status.success() {
-        bail!("tdfs failed: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
-    }
+    said(&mount.arg(state).current_dir(&parent).output().context("start tdfs")?)?;
     let seen = look(&target);
     json(["umount".as_ref(), target.as_os_str(), "--state".as_ref(), state.as_os_str()])?;
     seen

@@ -2,23 +2,17 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sched::{CloneFlags, setns};
 use xtask::install;
-use xtask::network::{Link, Rate, Side};
+use xtask::network::{Link, Rate, Side, inside};
 
 /// Runs `work` at one end of a link.
 fn at<T: Send>(link: &Link, side: Side, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let place = link.place(side);
-    let namespace = std::fs::File::open(place.namespace().context("a link has namespaces")?)?;
-    // Only this thread enters the namespace.
-    let entered = move || {
-        setns(namespace, CloneFlags::CLONE_NEWNET)?;
-        work()
-    };
-    std::thread::scope(|scope| scope.spawn(entered).join()).unwrap_or_else(|_| anyhow::bail!("panicked"))
+    inside(Path::new(place.namespace().context("a link has namespaces")?), work)
 }
 
 #[test]

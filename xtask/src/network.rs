@@ -11,11 +11,13 @@
 //! namespaces are gone when the link is dropped; one left by a killed process is removed by the next with its name.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
 use crate::command;
@@ -75,6 +77,21 @@ impl Place {
         command.arg(format!("--net={namespace}")).arg("--").arg(program);
         command
     }
+}
+
+/// Does `work` in the network that the file at `namespace` stands for.
+///
+/// # Errors
+///
+/// Where this process may not enter it, or `work` fails or panics.
+pub fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(namespace).with_context(|| namespace.display().to_string())?;
+    let entered = move || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network")?;
+        work()
+    };
+    // Only this thread enters the namespace, and it ends there.
+    std::thread::scope(|scope| scope.spawn(entered).join()).unwrap_or_else(|_| bail!("panicked in a network"))
 }
 
 /// Two namespaces and the link between them.

@@ -1,17 +1,16 @@
 //! Waits until a service answers, from inside its network namespace.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns};
+use anyhow::{Result, bail};
 
 use crate::images::Service;
-use crate::network::Place;
+use crate::network::{Place, inside};
 
 /// The longest start that is waited for.
 const TIMEOUT: Duration = Duration::from_mins(2);
@@ -30,27 +29,21 @@ pub fn wait_at(place: &Place, service: &Service, pid_file: &Path) -> Result<()> 
 
 /// Returns as soon as `service` answers in a network namespace, or `starter`, which brings it up, has failed.
 pub fn wait_in(service: &Service, namespace: &str, mut starter: Option<&mut Child>) -> Result<()> {
-    let namespace = File::open(namespace).with_context(|| namespace.to_owned())?;
-    // Only this thread enters the namespace, and it ends there.
-    std::thread::scope(|scope| {
-        let poll = scope.spawn(|| {
-            setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network of the container")?;
-            let started = Instant::now();
-            while !answers(service) {
-                if started.elapsed() > TIMEOUT {
-                    bail!("{} does not answer", service.name);
-                }
-                if let Some(child) = &mut starter
-                    && let Some(status) = child.try_wait()?
-                    && !status.success()
-                {
-                    bail!("{} did not come up: {status}", service.name);
-                }
-                std::thread::sleep(POLL);
+    inside(Path::new(namespace), || {
+        let started = Instant::now();
+        while !answers(service) {
+            if started.elapsed() > TIMEOUT {
+                bail!("{} does not answer", service.name);
             }
-            Ok(())
-        });
-        poll.join().unwrap_or_else(|_| bail!("the poller panicked"))
+            if let Some(child) = &mut starter
+                && let Some(status) = child.try_wait()?
+                && !status.success()
+            {
+                bail!("{} did not come up: {status}", service.name);
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     })
 }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tempfile::TempDir;
-use xtask::images::IMAGES;
+use xtask::images::{Compression, IMAGES};
 use xtask::network::{Link, Place, Rate, Side};
 use xtask::registry::Registry;
 use xtask::{command, install};
@@ -145,9 +145,10 @@ fn methods<'a>(
     peers: &[Description],
 ) -> Result<Vec<Box<dyn Method + 'a>>> {
     let service = &subject.service;
-    let gzip = site.registry.push(&subject.gzip, &subject.name)?;
-    let zstd = site.registry.push(&subject.zstd, &format!("{}-zstd", subject.name))?;
-    let ours = site.ours.push(&subject.gzip, &subject.name)?;
+    let layout = subject.layout(Compression::Gzip)?;
+    let gzip = site.registry.push(&layout, &subject.name)?;
+    let zstd = site.registry.push(&subject.layout(Compression::Zstd)?, &format!("{}-zstd", subject.name))?;
+    let ours = site.ours.push(&layout, &subject.name)?;
     let trace = work.join("trace");
     let tdfs = |command: &str, reference: &str| {
         let mut tdfs = site.server.command(&site.tdfs);

@@ -63,7 +63,7 @@ fn warm_start(tdfs: &Tdfs, subject: &Subject, directory: &Path, pairs: usize) ->
     tdfs.json(
         tdfs.command()
             .arg("record")
-            .arg(format!("oci:{}", subject.gzip.display()))
+            .arg(format!("oci:{}", subject.layout(Compression::Gzip)?.display()))
             // Where it is going to run: services read other files in other networks.
             .args(["--service", service.name, "--ready", service.ready, "--network", "host"])
             .args([path("--output", &packed), path("--state", &directory.join("ci"))].concat()),

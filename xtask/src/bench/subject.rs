@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 use xtask::command;
-use xtask::images::{self, Cache, Compression, Service};
+use xtask::images::{self, Cache, Compression, Image, Service};
 
 /// An image, ready to be pushed and run.
 pub struct Subject {
@@ -25,14 +25,38 @@ pub struct Subject {
     pub name: String,
     /// How it is run.
     pub service: Service,
-    /// Layouts with the tag `latest`.
-    pub gzip: PathBuf,
-    /// The same image.
-    pub zstd: PathBuf,
+    source: Source,
     /// Unpacked layers, the uppermost first.
     pub lower: Vec<PathBuf>,
     /// Command, environment, directory and user as runc has them; unless they are the usual ones and the service's command.
     pub process: Option<Value>,
+}
+
+enum Source {
+    Recipe(&'static Image),
+    /// What skopeo copies, and where to.
+    Described {
+        image: String,
+        directory: PathBuf,
+    },
+}
+
+impl Source {
+    fn layout(&self, compression: Compression) -> Result<PathBuf> {
+        let (image, directory) = match self {
+            Self::Recipe(image) => return Cache::default().image(image, compression),
+            Self::Described { image, directory } => (image, directory),
+        };
+        let format = if compression == Compression::Gzip { "gzip" } else { "zstd" };
+        let layout = directory.join(format);
+        if layout.is_dir() {
+            return Ok(layout);
+        }
+        let to = format!("oci:{}:latest", layout.display());
+        let compressed = ["copy", "--dest-compress-format", format];
+        command::output(Command::new("skopeo").args(compressed).args([image, &to]))?;
+        Ok(layout)
+    }
 }
 
 /// The file.
@@ -52,28 +76,25 @@ impl Subject {
         if Path::new(named).extension().is_some_and(|extension| extension == "toml") {
             return Self::described(&Description::read(named)?, directory);
         }
-        let (image, cache) = (images::recipe(named)?, Cache::default());
+        let image = images::recipe(named)?;
         Ok(Self {
             name: image.name.to_owned(),
             service: image.services[0],
-            gzip: cache.image(image, Compression::Gzip)?,
-            zstd: cache.image(image, Compression::Zstd)?,
-            lower: cache.unpacked(image)?,
+            source: Source::Recipe(image),
+            lower: Cache::default().unpacked(image)?,
             process: None,
         })
     }
 
+    /// The layout with its image, tag `latest`, made the first time.
+    pub fn layout(&self, compression: Compression) -> Result<PathBuf> {
+        self.source.layout(compression)
+    }
+
     fn described(description: &Description, directory: &Path) -> Result<Self> {
-        let layout = |compression: &str| {
-            let layout = directory.join(compression);
-            let to = format!("oci:{}:latest", layout.display());
-            let format = ["--dest-compress-format", compression];
-            command::output(Command::new("skopeo").arg("copy").args(format).args([&description.image, &to]))?;
-            Ok::<_, anyhow::Error>(layout)
-        };
-        let (gzip, zstd) = (layout("gzip")?, layout("zstd")?);
+        let source = Source::Described { image: description.image.clone(), directory: directory.to_owned() };
         let bundle = directory.join("unpacked");
-        let image = format!("{}:latest", gzip.display());
+        let image = format!("{}:latest", source.layout(Compression::Gzip)?.display());
         command::output(Command::new("umoci").args(["unpack", "--image", &image]).arg(&bundle))?;
         let spec: Value = serde_json::from_slice(&fs::read(bundle.join("config.json"))?)?;
         // Services are constants; this one lasts as long as the benchmark.
@@ -81,7 +102,7 @@ impl Subject {
         let (name, ready) = (constant(&description.name), constant(&description.ready));
         let service = Service { name, command: &[], ready, port: description.port };
         let (name, process) = (description.name.clone(), Some(spec["process"].clone()));
-        Ok(Self { name, service, gzip, zstd, lower: vec![bundle.join("rootfs")], process })
+        Ok(Self { name, service, source, lower: vec![bundle.join("rootfs")], process })
     }
 }
 

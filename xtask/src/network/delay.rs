@@ -8,7 +8,6 @@
 //! (`IFF_VNET_HDR`), so that the threads take little of the machine. A queue that is full drops what comes, like any other.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
@@ -17,14 +16,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
+
+use super::inside;
 
 /// A packet of the largest size with its header (`virtio_net_hdr`).
 const PACKET_MAX: usize = (64 << 10) + 10;
@@ -52,7 +52,7 @@ pub(super) struct Delay {
 impl Delay {
     /// Makes a device called `name` in both namespaces; each packet takes `one_way`.
     pub(super) fn new(name: &str, namespaces: [&Path; 2], one_way: Duration) -> Result<Self> {
-        let [one, other] = namespaces.map(|namespace| device(name, namespace));
+        let [one, other] = namespaces.map(|namespace| inside(namespace, || make(name)));
         let (one, other) = (Arc::new(one?), Arc::new(other?));
         let stop = Arc::new(AtomicBool::new(false));
         let forward = |from: &Arc<OwnedFd>, to: &Arc<OwnedFd>| {
@@ -77,16 +77,8 @@ impl Drop for Delay {
     }
 }
 
-/// A TUN device in a network namespace; it lives as long as the descriptor.
-fn device(name: &str, namespace: &Path) -> Result<OwnedFd> {
-    let namespace = File::open(namespace).with_context(|| namespace.display().to_string())?;
-    // Only this thread enters the namespace, and it ends there.
-    let made = std::thread::scope(|scope| scope.spawn(|| make(name, &namespace)).join());
-    made.unwrap_or_else(|_| bail!("the thread that makes a device panicked"))
-}
-
-fn make(name: &str, namespace: &File) -> Result<OwnedFd> {
-    setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the namespace of a link")?;
+/// A TUN device in the network it is made in; it lives as long as the descriptor.
+fn make(name: &str) -> Result<OwnedFd> {
     let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let tun = open("/dev/net/tun", flags, Mode::empty()).context("/dev/net/tun")?;
     // SAFETY: integers and a union of plain data, for all of which zeros are values.
