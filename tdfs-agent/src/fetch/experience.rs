@@ -10,7 +10,8 @@
 //! waiting for the network alone, so that a slow CPU does not look like a slow network. Both are averages that halve
 //! the weight of the past with each start.
 //!
-//! **How long a fetch takes** follows from the same two rates ([`Experience::expected`]).
+//! **How long a fetch takes** follows from the same two rates ([`Experience::expected`]). A node that fetches for the first
+//! time knows at least how fast the metadata came.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,6 +32,9 @@ const HOSTS_MAX: usize = 256;
 const FILE_MAX: u64 = 256 << 10;
 /// Bytes that a measurement needs to mean something.
 const SAMPLE_MIN: u64 = 1 << 20;
+/// What comes before the pages of a first fetch says more than nothing from this many bytes on: the first few are there at
+/// once by any link.
+const HINT_MIN: u64 = 64 << 10;
 /// Of a network that was not measured yet: 1 Gb/s.
 const WIRE: f64 = 125e6;
 /// Of a core that was not measured yet.
@@ -106,9 +110,11 @@ impl Experience {
         }
     }
 
-    /// How long a fetch takes that brings `pages` bytes of pages in `stored` bytes: receiving and decompressing overlap.
-    pub fn expected(&self, stored: u64, pages: u64) -> Duration {
-        let wire = stored as f64 / self.wire.unwrap_or(WIRE);
+    /// How long a fetch takes that brings `pages` bytes of pages in `stored` bytes, after what came `so_far`: receiving and
+    /// decompressing overlap.
+    pub fn expected(&self, stored: u64, pages: u64, so_far: Sample) -> Duration {
+        let hint = so_far.rate().filter(|_| so_far.bytes >= HINT_MIN);
+        let wire = stored as f64 / self.wire.or(hint).unwrap_or(WIRE);
         let decode = pages as f64 / (self.decode.unwrap_or(DECODE) * cores());
         // A rate out of a damaged file may be anything.
         Duration::try_from_secs_f64(wire.max(decode)).unwrap_or(Duration::MAX)
@@ -128,9 +134,17 @@ impl Experience {
     }
 }
 
+impl Sample {
+    /// Bytes per second, unless it took no time.
+    fn rate(self) -> Option<f64> {
+        Some(self.bytes as f64 / self.seconds).filter(|rate| rate.is_finite())
+    }
+}
+
 fn blend(average: &mut Option<f64>, sample: Sample) {
-    let rate = sample.bytes as f64 / sample.seconds;
-    if sample.bytes >= SAMPLE_MIN && rate.is_finite() {
+    if sample.bytes >= SAMPLE_MIN
+        && let Some(rate) = sample.rate()
+    {
         *average = Some(average.filter(|a| a.is_finite() && *a > 0.0).map_or(rate, |old| old.midpoint(rate)));
     }
 }
@@ -214,15 +228,20 @@ mod tests {
     fn a_fetch_takes_as_long_as_the_slower_of_wire_and_cores() {
         let dir = tempfile::tempdir().unwrap();
         let mut known = Experience::load(dir.path());
-        assert_eq!(known.expected(0, 0), Duration::ZERO);
-        assert_eq!(known.expected(250_000_000, 1), Duration::from_secs(2), "1 Gb/s unless measured");
+        let nothing = Sample::default();
+        assert_eq!(known.expected(0, 0, nothing), Duration::ZERO);
+        for says_nothing in [nothing, sample(HINT_MIN, 0.0), sample(HINT_MIN - 1, 1.0)] {
+            assert_eq!(known.expected(250_000_000, 1, says_nothing), Duration::from_secs(2), "1 Gb/s");
+        }
+        let metadata = sample(100 << 10, 0.01);
+        assert_eq!(known.expected(20 << 20, 1, metadata), Duration::from_millis(2048), "as the metadata");
         known.measured(sample(1 << 30, 1.0), sample(10 << 20, 1.0));
-        assert_eq!(known.expected(20 << 20, 80 << 20), Duration::from_secs(2), "the wire");
+        assert_eq!(known.expected(20 << 20, 80 << 20, metadata), Duration::from_secs(2), "the wire");
         let pages = cores() as u64 * (3 << 30);
-        assert_eq!(known.expected(20 << 20, pages), Duration::from_secs(3), "the cores");
+        assert_eq!(known.expected(20 << 20, pages, nothing), Duration::from_secs(3), "the cores");
         for damage in [0.0, -1.0, f64::NAN] {
             known.wire = Some(damage);
-            known.expected(1, 1);
+            known.expected(1, 1, nothing);
         }
     }
 }

@@ -191,9 +191,10 @@ impl PageService {
         self.answers
     }
 
-    /// How long it should take to bring `pages` bytes of pages in `stored` bytes, by what was measured in earlier starts.
+    /// How long it should take to bring `pages` bytes of pages in `stored` bytes, by what was measured in earlier starts or,
+    /// without any, by how the metadata came.
     pub fn expected(&self, stored: u64, pages: u64) -> Duration {
-        self.experience.expected(stored, pages)
+        self.experience.expected(stored, pages, self.waited.sample())
     }
 
     /// Remembers what was measured.

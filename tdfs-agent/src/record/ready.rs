@@ -31,7 +31,7 @@ use crate::rootfs::RootFs;
 /// At least, between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(2);
 /// An attempt takes the service's processor: the next one waits for this part of the time since the first.
-const RETRY_PART: u32 = 100;
+const RETRY_PART: u32 = 33;
 /// For one answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// After the container's end, for events and output that are still on their way.

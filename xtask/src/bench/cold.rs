@@ -1,9 +1,13 @@
 //! Starts of empty nodes behind links of known bandwidth, by every method, in turns.
 //!
 //! ```text
-//! registries, images, a recording          once
-//!   image -> rate -> round -> method       reset the node, start, count what passed the link
+//! registries, images, recordings           once
+//!   round -> image -> rate -> method       reset the node, start, count what passed the link
 //! ```
+//!
+//! Each round is a whole table. So the starts of a row are as far apart as the run is long, and a machine that gets
+//! slower meanwhile shows in their spread; and every start stands next to a warm one of the same minutes. From the second
+//! round on, methods are shuffled: none always meets what the same other left behind.
 //!
 //! A start that fails is a row of the result like any other. The floor of a start is the longer of a warm start and the
 //! time that the compressed pages take on the wire; nothing can be faster.
@@ -11,7 +15,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use xtask::images::{Compression, IMAGES};
 use xtask::network::{Link, Place, Rate, Side};
@@ -26,7 +30,7 @@ use super::subject::Subject;
 use super::warm::WarmOverlay;
 
 /// One start.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sample {
     /// Image.
     pub image: String,
@@ -80,17 +84,27 @@ pub fn run(args: &ColdArgs) -> Result<()> {
 
     let output = command::workspace().join(&args.output);
     let mut results = Results::new(args.rtt, args.rounds);
+    let mut subjects = Vec::new();
     for name in names {
-        eprintln!("==> {name}: images and a recording");
+        eprintln!("==> {name}: images");
         let work = TempDir::with_prefix_in("image-", directory.path())?;
-        let subject = Subject::new(name, work.path())?;
-        let mut methods = methods(&site, &subject, work.path(), &peers)?;
+        subjects.push((Subject::new(name, work.path())?, work));
+    }
+    let mut all = Vec::new();
+    for (subject, work) in &subjects {
+        eprintln!("==> {}: a recording", subject.name);
+        let mut methods = methods(&site, subject, work.path(), &peers)?;
         methods.retain(|m| args.method.is_empty() || args.method.iter().any(|part| m.name().contains(part)));
-        for &rate in &args.rate {
-            for round in 0..args.rounds {
-                // Whoever comes next meets what the one before left behind: another one each round.
-                methods.rotate_left(usize::from(round > 0));
-                for method in &mut methods {
+        all.push((subject, methods));
+    }
+    for round in 0..args.rounds {
+        for (subject, methods) in &mut all {
+            for &rate in &args.rate {
+                let mut turns: Vec<_> = methods.iter_mut().collect();
+                if round > 0 {
+                    fastrand::Rng::with_seed(rate.bits ^ round as u64).shuffle(&mut turns);
+                }
+                for method in turns {
                     let sample = measure(&link, rate, &subject.name, round, &mut **method)?;
                     eprintln!("{}", report::line(&sample));
                     results.samples.push(sample);

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tempfile::TempDir;
 use xtask::containerd::Containerd;
@@ -20,10 +20,11 @@ use xtask::images::Service;
 use xtask::network::Place;
 use xtask::ready;
 
+use super::report::WARM;
 use super::warm::WarmOverlay;
 
 /// What one start told, besides the link.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Start {
     /// From the command to the first answer, milliseconds.
     pub ready_ms: f64,
@@ -57,7 +58,7 @@ pub struct Warm<'a>(pub WarmOverlay<'a>);
 
 impl Method for Warm<'_> {
     fn name(&self) -> &'static str {
-        "warm start"
+        WARM
     }
 
     fn reset(&mut self) -> Result<()> {

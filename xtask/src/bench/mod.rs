@@ -2,9 +2,11 @@
 //!
 //! - `pairs.rs`: how close a start with everything on the node comes to a warm one, and what the probe costs.
 //! - `cold.rs`: empty nodes behind links of known bandwidth, by every method: the table of the README.
+//! - `agree.rs`: whether two such runs say the same.
 //!
 //! Everything that is compared runs in turns in one run, under the same runc, until the same client gets an answer.
 
+mod agree;
 mod cold;
 mod methods;
 mod pairs;
@@ -26,6 +28,13 @@ use xtask::network::Rate;
 pub enum Bench {
     /// Starts of empty nodes behind links of known bandwidth.
     Cold(ColdArgs),
+    /// Whether the results of two runs of `bench cold`, named by their directories, agree.
+    Agree {
+        /// The first run's `--output`
+        first: PathBuf,
+        /// The second run's
+        second: PathBuf,
+    },
     /// A resident start next to a warm overlay, and a recording next to one without its probe.
     Pairs(PairsArgs),
 }
@@ -78,6 +87,7 @@ struct Defaults {
 pub fn run(bench: Option<Bench>) -> Result<()> {
     match bench {
         Some(Bench::Cold(args)) => cold::run(&args),
+        Some(Bench::Agree { first, second }) => agree::run(&first, &second),
         Some(Bench::Pairs(args)) => pairs::run(&args.image, args.pairs),
         None => ["pairs", "cold"].into_iter().try_for_each(|name| {
             let defaults = <Defaults as clap::Parser>::parse_from(["bench", name]);

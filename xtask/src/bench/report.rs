@@ -1,7 +1,9 @@
 //! The results as JSON, as a Markdown table and as a page.
 //!
 //! *÷ floor* is next to what no start can beat, *÷ own wire* next to the longer of a warm start and what this start itself
-//! received, file tree, page table and headers too.
+//! received, file tree, page table and headers too. The warm start is the one of the same round, and what is shown is the
+//! median of all rounds' ratios, with the lowest and the highest: a machine that is faster in one round than in another
+//! is so for both.
 //!
 //! Two columns check the others. *÷ floor* below 1 would mean that something is measured wrong. *÷ told* is what passed the
 //! link, until the program said what it received, next to that: above 1 by headers, acknowledgements and handshakes,
@@ -13,16 +15,19 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xtask::network::Rate;
 use xtask::table::Table;
 
 use super::cold::Sample;
-use super::statistics::{median, quantile};
+use super::statistics::{median, range};
+
+/// The method that others are held against.
+pub const WARM: &str = "warm start";
 
 /// Everything that was measured, and where.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Results {
     /// What the machine is, in words.
     pub machine: String,
@@ -35,11 +40,17 @@ pub struct Results {
 }
 
 /// A row of the table: all rounds of one method.
-struct Row<'a> {
+#[derive(Debug)]
+pub struct Row<'a> {
     image: &'a str,
     rate: Rate,
     method: &'a str,
+    /// Milliseconds.
     ready: Vec<f64>,
+    /// Next to the floor of the same round.
+    pub to_floor: Vec<f64>,
+    /// Next to the floor of its own bytes.
+    to_own_wire: Vec<f64>,
     bytes: Vec<f64>,
     /// Next to what the program says.
     told: Vec<f64>,
@@ -47,17 +58,21 @@ struct Row<'a> {
     requests: Vec<f64>,
     memory: Vec<f64>,
     failed: usize,
-    floor: f64,
-    /// Milliseconds of a warm start.
-    warm: f64,
+    /// Of all rounds, milliseconds.
+    floor: Vec<f64>,
     /// Bytes of the pages that are read until ready.
     touched: f64,
 }
 
 impl Row<'_> {
-    /// The longer of a warm start and the time that all it received takes on the wire, milliseconds.
-    fn own_floor(&self) -> f64 {
-        self.warm.max(median(&self.bytes) * 8000.0 / self.rate.bits as f64)
+    /// Whether others are held against it.
+    pub fn is_warm(&self) -> bool {
+        self.method == WARM
+    }
+
+    /// Image, link and method.
+    pub fn name(&self) -> String {
+        format!("{}, {}, {}", self.image, self.rate, self.method)
     }
 }
 
@@ -72,8 +87,9 @@ impl Results {
         let mut table = Table::new(&[
             "image, link, method",
             "ready, ms",
-            "quartiles",
+            "range",
             "÷ floor",
+            "its range",
             "÷ own wire",
             "MB received",
             "÷ told",
@@ -86,16 +102,13 @@ impl Results {
         for row in self.rows() {
             let whole = |values: &[f64]| shown(median(values), 0);
             table.row(
-                &format!("{}, {}, {}", row.image, row.rate, row.method),
+                &row.name(),
                 [
                     whole(&row.ready),
-                    format!(
-                        "{}-{}",
-                        shown(quantile(&row.ready, 0.25), 0),
-                        shown(quantile(&row.ready, 0.75), 0)
-                    ),
-                    shown(median(&row.ready) / row.floor, 2),
-                    shown(median(&row.ready) / row.own_floor(), 2),
+                    shown_range(&row.ready, 0),
+                    shown(median(&row.to_floor), 2),
+                    shown_range(&row.to_floor, 2),
+                    shown(median(&row.to_own_wire), 2),
                     shown(median(&row.bytes) / 1e6, 1),
                     shown(median(&row.told), 3),
                     shown(median(&row.bytes) / row.touched, 2),
@@ -121,7 +134,15 @@ impl Results {
         write("report.html", &self.page())
     }
 
-    fn rows(&self) -> Vec<Row<'_>> {
+    /// What [`Results::write`] wrote.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("results.json");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        serde_json::from_str(&text).with_context(|| path.display().to_string())
+    }
+
+    /// By image, bandwidth and method.
+    pub fn rows(&self) -> Vec<Row<'_>> {
         let mut rows: Vec<Row<'_>> = Vec::new();
         for sample in &self.samples {
             let rate = Rate { bits: sample.rate };
@@ -132,14 +153,15 @@ impl Results {
                     rate,
                     method: &sample.method,
                     ready: Vec::new(),
+                    to_floor: Vec::new(),
+                    to_own_wire: Vec::new(),
                     bytes: Vec::new(),
                     told: Vec::new(),
                     packets: Vec::new(),
                     requests: Vec::new(),
                     memory: Vec::new(),
                     failed: 0,
-                    floor: self.floor(&sample.image, rate),
-                    warm: self.warm(&sample.image, rate),
+                    floor: Vec::new(),
                     touched: self.touched(&sample.image),
                 });
                 rows.len() - 1
@@ -150,6 +172,10 @@ impl Results {
                 continue;
             };
             row.ready.push(start.ready_ms);
+            let (floor, own) = (self.floor(sample), self.own_floor(sample));
+            row.floor.extend(floor);
+            row.to_floor.extend(floor.map(|floor| start.ready_ms / floor));
+            row.to_own_wire.extend(own.map(|own| start.ready_ms / own));
             row.bytes.push(sample.link_bytes as f64);
             let told = start.report.as_ref().and_then(|r| r["bytes_received"].as_f64());
             let passed = sample.link_bytes_told.map(|bytes| bytes as f64);
@@ -163,25 +189,27 @@ impl Results {
         rows
     }
 
-    /// Milliseconds below which no start of `image` can be: a warm one, or its compressed pages on the wire. NaN where
-    /// neither was measured.
-    fn floor(&self, image: &str, rate: Rate) -> f64 {
-        let wire = self.median(image, rate, |s| {
-            let bytes = s.start.as_ref()?.report.as_ref()?["bytes_fetched"].as_f64()?;
-            (bytes > 0.0).then_some(bytes * 8000.0 / rate.bits as f64)
-        });
-        self.warm(image, rate).max(wire)
+    /// Milliseconds below which no start like `sample` can be: the warm one of its round, or the compressed pages of the
+    /// image on the wire. `None` without a warm one.
+    fn floor(&self, sample: &Sample) -> Option<f64> {
+        let fetched = |s: &Sample| s.start.as_ref()?.report.as_ref()?["bytes_fetched"].as_f64();
+        let same = self.samples.iter().filter(|s| (&s.image, s.rate) == (&sample.image, sample.rate));
+        let fetched: Vec<f64> = same.filter_map(fetched).filter(|bytes| *bytes > 0.0).collect();
+        // Without any there is no number, and the maximum is the other one.
+        Some(self.warm(sample)?.max(on_wire(median(&fetched), sample.rate)))
     }
 
-    /// Milliseconds of a warm start of `image`. NaN where none was measured.
-    fn warm(&self, image: &str, rate: Rate) -> f64 {
-        let warm = |s: &Sample| s.start.as_ref().filter(|_| s.method == "warm start").map(|s| s.ready_ms);
-        self.median(image, rate, warm)
+    /// The longer of the warm start of its round and the time that all it received takes on the wire, milliseconds.
+    fn own_floor(&self, sample: &Sample) -> Option<f64> {
+        Some(self.warm(sample)?.max(on_wire(sample.link_bytes as f64, sample.rate)))
     }
 
-    fn median(&self, image: &str, rate: Rate, value: impl Fn(&Sample) -> Option<f64>) -> f64 {
-        let mine = self.samples.iter().filter(|s| s.image == image && s.rate == rate.bits);
-        median(&mine.filter_map(value).collect::<Vec<_>>())
+    /// Milliseconds of the warm start beside `sample`.
+    fn warm(&self, sample: &Sample) -> Option<f64> {
+        let place = |s: &Sample| (s.image.clone(), s.rate, s.round);
+        let mut beside = self.samples.iter().filter(|s| s.method == WARM);
+        let beside = beside.find(|s| place(s) == place(sample))?;
+        Some(beside.start.as_ref()?.ready_ms)
     }
 
     /// Bytes of the pages that the recorded start of `image` touched, uncompressed: what I/O amplification is relative to.
@@ -214,22 +242,21 @@ impl Results {
                 let _ = write!(
                     body,
                     "<tr><td>{}</td><td class=bar><div style=\"width:{share:.1}%\"></div></td><td>{} ms \
-                     ({}-{})</td><td>{} MB</td><td>{}</td></tr>",
+                     ({})</td><td>{} MB</td><td>{}</td></tr>",
                     escaped(row.method),
                     shown(ready, 0),
-                    shown(quantile(&row.ready, 0.25), 0),
-                    shown(quantile(&row.ready, 0.75), 0),
+                    shown_range(&row.ready, 0),
                     shown(median(&row.bytes) / 1e6, 1),
                     if row.failed > 0 { format!("{} failed", row.failed) } else { String::new() },
                 );
             }
-            let _ = write!(body, "</table><p>floor: {} ms</p>", shown(group[0].floor, 0));
+            let _ = write!(body, "</table><p>floor: {} ms</p>", shown(median(&group[0].floor), 0));
         }
         format!(
             "<!doctype html><meta charset=utf-8><title>tdfs benchmark</title><style>body{{font:14px system-ui;\
              margin:2em;max-width:70em}}td{{padding:.2em .8em .2em 0;white-space:nowrap}}.bar{{width:100%}}\
              .bar div{{background:#47a;height:1em}}</style><h1>Empty node to ready</h1><p>{}; medians of {} \
-             starts each, quartiles in brackets.</p>{body}",
+             starts each, the range of all in brackets.</p>{body}",
             escaped(&self.circumstances()),
             self.rounds,
         )
@@ -251,7 +278,19 @@ fn requests(report: &Value) -> Option<f64> {
     Some(report["metadata_requests"].as_f64()? + report["data_requests"].as_f64()?)
 }
 
-fn shown(value: f64, digits: usize) -> String {
+/// Milliseconds.
+fn on_wire(bytes: f64, rate: u64) -> f64 {
+    bytes * 8000.0 / rate as f64
+}
+
+/// The lowest and the highest of `values`.
+pub fn shown_range(values: &[f64], digits: usize) -> String {
+    let (low, high) = range(values);
+    if low.is_finite() { format!("{low:.digits$}-{high:.digits$}") } else { "–".into() }
+}
+
+/// `value` with so many digits behind the point, if it is one.
+pub fn shown(value: f64, digits: usize) -> String {
     if value.is_finite() { format!("{value:.digits$}") } else { "–".into() }
 }
 
@@ -311,21 +350,28 @@ mod tests {
 
     #[test]
     fn a_row_is_a_method_and_failures_are_shown() {
+        let in_round = |round, mut sample: Sample| {
+            sample.round = round;
+            sample
+        };
         let samples = vec![
-            sample("warm start", Some(300.0), 0),
-            sample("x", Some(2000.0), 1_000_000),
-            sample("x", None, 0),
-            sample("x", Some(3000.0), 1_000_000),
+            in_round(0, sample(WARM, Some(300.0), 0)),
+            in_round(0, sample("x", Some(2000.0), 1_000_000)),
+            in_round(1, sample("x", None, 0)),
+            in_round(2, sample("x", Some(3000.0), 1_000_000)),
+            in_round(2, sample(WARM, Some(2000.0), 0)),
+            // Without a warm start beside it.
+            in_round(3, sample("x", Some(2600.0), 1_000_000)),
         ];
         let results = Results { machine: "m<".into(), rtt_ms: 10.0, rounds: 3, samples };
         let rows = results.rows();
         assert_eq!(rows.len(), 2);
-        // A million bytes at a million bytes per second.
-        assert!((rows[1].floor - 1000.0).abs() < 1e-6);
-        let table = results.table().to_string();
+        // A million bytes at a million bytes per second, and a warm start of two seconds.
+        assert_eq!((&rows[1].to_floor[..], &rows[1].floor[..]), (&[2.0, 1.5][..], &[1000.0, 2000.0][..]));
         // 1.5 million bytes by its own wire.
-        assert!((rows[1].own_floor() - 1500.0).abs() < 1e-6);
-        for shown in ["2500", "2.50", "1.67", "1.250", "0.37"] {
+        assert_eq!(rows[1].to_own_wire, [2000.0 / 1500.0, 1.5]);
+        let table = results.table().to_string();
+        for shown in ["2600", "2000-3000", "1.75", "1.50-2.00", "1.42", "1.250", "0.37"] {
             assert!(table.contains(shown), "{shown}: {table}");
         }
         assert!(
@@ -333,5 +379,17 @@ mod tests {
                 && results.page().contains("1 failed")
                 && results.page().contains("m&lt;")
         );
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let samples = vec![sample(WARM, Some(300.0), 0), sample("x", None, 0)];
+        let results = Results { machine: "m".into(), rtt_ms: 0.0, rounds: 1, samples };
+        let directory = tempfile::tempdir().unwrap();
+        results.write(directory.path()).unwrap();
+        let read = Results::read(directory.path()).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), serde_json::to_value(&results).unwrap());
+        assert_eq!((read.rows()[0].name(), read.rows()[1].failed), ("a, 8 Mb/s, warm start".into(), 1));
+        assert!(Results::read(&directory.path().join("none")).is_err());
     }
 }

@@ -1,0 +1,52 @@
+//! Whether two runs of `bench cold` agree: each says of its rows how far the rounds were apart.
+//!
+//! Two rows agree if the ranges of *÷ floor* overlap. Where nothing differs but chance they do not in one of 126 rows with
+//! five rounds in each run, and in one of ten with three (2 / C(2n, n)).
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use xtask::table::Table;
+
+use super::report::{Results, Row, shown, shown_range};
+use super::statistics::{median, range};
+
+/// Prints the rows that both runs have, and how many agree.
+pub fn run(first: &Path, second: &Path) -> Result<()> {
+    let (first, second) = (Results::read(first)?, Results::read(second)?);
+    let (first, second) = (first.rows(), second.rows());
+    let both = pairs(&first, &second);
+    ensure!(!both.is_empty(), "no row with a warm start beside it is in both");
+    let mut table = Table::new(&["image, link, method", "÷ floor", "range", "÷ floor", "range", "agree"]);
+    for (a, b) in &both {
+        let of = |row: &Row<'_>| [shown(median(&row.to_floor), 2), shown_range(&row.to_floor, 2)];
+        let agree = if agree(&a.to_floor, &b.to_floor) { "yes" } else { "no" };
+        table.row(&a.name(), of(a).into_iter().chain(of(b)).chain([agree.to_owned()]));
+    }
+    let agreeing = both.iter().filter(|(a, b)| agree(&a.to_floor, &b.to_floor)).count();
+    println!("{table}\n{agreeing} of {} rows agree", both.len());
+    Ok(())
+}
+
+/// The rows of both; of warm starts alone there is nothing to compare.
+fn pairs<'a, 'r>(first: &'a [Row<'r>], second: &'a [Row<'r>]) -> Vec<(&'a Row<'r>, &'a Row<'r>)> {
+    let same = |a: &Row<'_>| second.iter().find(|b| a.name() == b.name());
+    let both = first.iter().filter_map(|a| Some((a, same(a)?)));
+    both.filter(|(a, b)| !a.is_warm() && !a.to_floor.is_empty() && !b.to_floor.is_empty()).collect()
+}
+
+fn agree(a: &[f64], b: &[f64]) -> bool {
+    let ((a_low, a_high), (b_low, b_high)) = (range(a), range(b));
+    a_low <= b_high && b_low <= a_high
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlapping_ranges_agree() {
+        assert!(agree(&[1.0, 1.2], &[1.1, 1.3]) && agree(&[1.0, 2.0], &[1.5]) && agree(&[1.5], &[1.0, 2.0]));
+        assert!(!agree(&[1.0, 1.2], &[1.3, 1.4]) && !agree(&[1.3, 1.4], &[1.0, 1.2]));
+    }
+}
