@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Each round is a whole table. So the starts of a row are as far apart as the run is long, and a machine that gets
-//! slower meanwhile shows in their spread; and every start stands next to a warm one of the same minutes. From the second
-//! round on, methods are shuffled: none always meets what the same other left behind.
+//! slower meanwhile shows in their spread; and every start stands next to warm ones of the same minutes. From the second
+//! round on, starts are shuffled: none always meets what the same other left behind.
 //!
 //! A start that fails is a row of the result like any other. The floor of a start is the longer of a warm start and the
 //! time that the compressed pages take on the wire; nothing can be faster.
@@ -38,7 +38,7 @@ pub struct Sample {
     pub rate: u64,
     /// Method.
     pub method: String,
-    /// Turn.
+    /// Whole table.
     pub round: usize,
     /// Bytes that the node received until the service answered.
     pub link_bytes: u64,
@@ -97,15 +97,20 @@ pub fn run(args: &ColdArgs) -> Result<()> {
         methods.retain(|m| args.method.is_empty() || args.method.iter().any(|part| m.name().contains(part)));
         all.push((subject, methods));
     }
+    let mut random = fastrand::Rng::with_seed(0);
     for round in 0..args.rounds {
         for (subject, methods) in &mut all {
             for &rate in &args.rate {
-                let mut turns: Vec<_> = methods.iter_mut().collect();
+                let mut turns: Vec<usize> = methods
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(n, m)| std::iter::repeat_n(n, m.starts()))
+                    .collect();
                 if round > 0 {
-                    fastrand::Rng::with_seed(rate.bits ^ round as u64).shuffle(&mut turns);
+                    random.shuffle(&mut turns);
                 }
-                for method in turns {
-                    let sample = measure(&link, rate, &subject.name, round, &mut **method)?;
+                for turn in turns {
+                    let sample = measure(&link, rate, &subject.name, round, &mut *methods[turn])?;
                     eprintln!("{}", report::line(&sample));
                     results.samples.push(sample);
                 }

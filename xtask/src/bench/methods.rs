@@ -47,6 +47,10 @@ pub enum Moment {
 pub trait Method {
     /// Its name in the table.
     fn name(&self) -> &str;
+    /// Starts in a round: what takes seconds is measured more often than what takes minutes.
+    fn starts(&self) -> usize {
+        2
+    }
     /// Makes the node empty again. Not timed.
     fn reset(&mut self) -> Result<()>;
     /// Starts the service, calls `reached` when it has answered and perhaps later, and ends it.
@@ -86,6 +90,10 @@ pub struct FullPull<'a> {
 impl Method for FullPull<'_> {
     fn name(&self) -> &'static str {
         self.name
+    }
+
+    fn starts(&self) -> usize {
+        1
     }
 
     fn reset(&mut self) -> Result<()> {

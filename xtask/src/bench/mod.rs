@@ -52,8 +52,8 @@ pub struct ColdArgs {
     /// Round-trip time that the link has on top of its own, such as 10ms
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     rtt: Duration,
-    /// Starts by each method
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    /// Whole tables; in each a full pull happens once and everything else twice
+    #[arg(long, value_name = "N", default_value_t = 3)]
     rounds: usize,
     /// Only methods whose name contains this; may be given several times
     #[arg(long, value_name = "NAME")]

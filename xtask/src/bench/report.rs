@@ -1,9 +1,9 @@
 //! The results as JSON, as a Markdown table and as a page.
 //!
 //! *÷ floor* is next to what no start can beat, *÷ own wire* next to the longer of a warm start and what this start itself
-//! received, file tree, page table and headers too. The warm start is the one of the same round, and what is shown is the
-//! median of all rounds' ratios, with the lowest and the highest: a machine that is faster in one round than in another
-//! is so for both.
+//! received, file tree, page table and headers too. A warm start needs no link: it is the median of those of the image in the
+//! same round, so that a machine that is faster in one round than in another is so for both. Medians come with the spread
+//! that [`spread`] tells.
 //!
 //! Two columns check the others. *÷ floor* below 1 would mean that something is measured wrong. *÷ told* is what passed the
 //! link, until the program said what it received, next to that: above 1 by headers, acknowledgements and handshakes,
@@ -21,7 +21,7 @@ use xtask::network::Rate;
 use xtask::table::Table;
 
 use super::cold::Sample;
-use super::statistics::{median, range};
+use super::statistics::{median, spread};
 
 /// The method that others are held against.
 pub const WARM: &str = "warm start";
@@ -33,7 +33,7 @@ pub struct Results {
     pub machine: String,
     /// What every round trip takes longer than on the machine itself, milliseconds.
     pub rtt_ms: f64,
-    /// Starts by each method.
+    /// Whole tables.
     pub rounds: usize,
     /// In the order they were made.
     pub samples: Vec<Sample>,
@@ -87,9 +87,9 @@ impl Results {
         let mut table = Table::new(&[
             "image, link, method",
             "ready, ms",
-            "range",
+            "spread",
             "÷ floor",
-            "its range",
+            "its spread",
             "÷ own wire",
             "MB received",
             "÷ told",
@@ -97,6 +97,7 @@ impl Results {
             "packets",
             "requests",
             "MB of memory",
+            "starts",
             "failed",
         ]);
         for row in self.rows() {
@@ -105,9 +106,9 @@ impl Results {
                 &row.name(),
                 [
                     whole(&row.ready),
-                    shown_range(&row.ready, 0),
+                    shown_spread(&row.ready, 0),
                     shown(median(&row.to_floor), 2),
-                    shown_range(&row.to_floor, 2),
+                    shown_spread(&row.to_floor, 2),
                     shown(median(&row.to_own_wire), 2),
                     shown(median(&row.bytes) / 1e6, 1),
                     shown(median(&row.told), 3),
@@ -115,6 +116,7 @@ impl Results {
                     whole(&row.packets),
                     whole(&row.requests),
                     shown(median(&row.memory) / 1e6, 0),
+                    (row.ready.len() + row.failed).to_string(),
                     row.failed.to_string(),
                 ],
             );
@@ -189,7 +191,7 @@ impl Results {
         rows
     }
 
-    /// Milliseconds below which no start like `sample` can be: the warm one of its round, or the compressed pages of the
+    /// Milliseconds below which no start like `sample` can be: a warm one of its round, or the compressed pages of the
     /// image on the wire. `None` without a warm one.
     fn floor(&self, sample: &Sample) -> Option<f64> {
         let fetched = |s: &Sample| s.start.as_ref()?.report.as_ref()?["bytes_fetched"].as_f64();
@@ -199,17 +201,16 @@ impl Results {
         Some(self.warm(sample)?.max(on_wire(median(&fetched), sample.rate)))
     }
 
-    /// The longer of the warm start of its round and the time that all it received takes on the wire, milliseconds.
+    /// The longer of a warm start of its round and the time that all it received takes on the wire, milliseconds.
     fn own_floor(&self, sample: &Sample) -> Option<f64> {
         Some(self.warm(sample)?.max(on_wire(sample.link_bytes as f64, sample.rate)))
     }
 
-    /// Milliseconds of the warm start beside `sample`.
+    /// Milliseconds of a warm start in the round of `sample`.
     fn warm(&self, sample: &Sample) -> Option<f64> {
-        let place = |s: &Sample| (s.image.clone(), s.rate, s.round);
-        let mut beside = self.samples.iter().filter(|s| s.method == WARM);
-        let beside = beside.find(|s| place(s) == place(sample))?;
-        Some(beside.start.as_ref()?.ready_ms)
+        let beside = |s: &&Sample| (&s.image, s.round, &*s.method) == (&sample.image, sample.round, WARM);
+        let warm = self.samples.iter().filter(beside).filter_map(|s| Some(s.start.as_ref()?.ready_ms));
+        Some(median(&warm.collect::<Vec<_>>())).filter(|ms| ms.is_finite())
     }
 
     /// Bytes of the pages that the recorded start of `image` touched, uncompressed: what I/O amplification is relative to.
@@ -245,7 +246,7 @@ impl Results {
                      ({})</td><td>{} MB</td><td>{}</td></tr>",
                     escaped(row.method),
                     shown(ready, 0),
-                    shown_range(&row.ready, 0),
+                    shown_spread(&row.ready, 0),
                     shown(median(&row.bytes) / 1e6, 1),
                     if row.failed > 0 { format!("{} failed", row.failed) } else { String::new() },
                 );
@@ -256,7 +257,7 @@ impl Results {
             "<!doctype html><meta charset=utf-8><title>tdfs benchmark</title><style>body{{font:14px system-ui;\
              margin:2em;max-width:70em}}td{{padding:.2em .8em .2em 0;white-space:nowrap}}.bar{{width:100%}}\
              .bar div{{background:#47a;height:1em}}</style><h1>Empty node to ready</h1><p>{}; medians of {} \
-             starts each, the range of all in brackets.</p>{body}",
+             rounds, their spread in brackets.</p>{body}",
             escaped(&self.circumstances()),
             self.rounds,
         )
@@ -283,9 +284,9 @@ fn on_wire(bytes: f64, rate: u64) -> f64 {
     bytes * 8000.0 / rate as f64
 }
 
-/// The lowest and the highest of `values`.
-pub fn shown_range(values: &[f64], digits: usize) -> String {
-    let (low, high) = range(values);
+/// The spread of `values`.
+pub fn shown_spread(values: &[f64], digits: usize) -> String {
+    let (low, high) = spread(values);
     if low.is_finite() { format!("{low:.digits$}-{high:.digits$}") } else { "–".into() }
 }
 
