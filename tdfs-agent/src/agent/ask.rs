@@ -1,8 +1,9 @@
-//! The other end of the socket.
+//! The other end: who asks.
 
 use std::io;
 use std::path::Path;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use super::protocol::{self, Answer, MountRequest, Request};
@@ -25,10 +26,19 @@ pub async fn ask(state: &Path, request: MountRequest) -> Result<Option<MountRepo
         stream => stream.map_err(AgentError::io(&socket))?,
     };
     let (from, to) = stream.split();
+    ask_over(from, to, request).await.map(Some)
+}
+
+/// Asks whoever reads `to` and answers on `from`.
+pub async fn ask_over(
+    from: impl AsyncRead + Unpin,
+    to: impl AsyncWrite + Unpin,
+    request: MountRequest,
+) -> Result<MountReport, AgentError> {
     // One that refuses without reading it says why.
     let _ = protocol::write(to, &Request::Mount(request)).await;
     match protocol::read(from).await.map_err(AgentError::Silent)? {
-        Answer::Mounted(report) => Ok(Some(report)),
+        Answer::Mounted(report) => Ok(report),
         Answer::Failed(reason) => Err(AgentError::Refused(reason)),
     }
 }

@@ -5,7 +5,7 @@
 //!            <--------------------------------Answer----                         \-> bind mounts, one per request
 //! ```
 //!
-//! Without a daemon every `tdfs mount` has a server of its own. With it, mounts of one image and runtime image share one
+//! Without a daemon every `tdfs mount` has a server of its own, which gets the same request on its standard input. With it, mounts of one image and runtime image share one
 //! EROFS mount, and with it the kernel's page cache and the cold device. The daemon asks no registry before it is asked for
 //! something, and leaves all caches where they are when it stops.
 //!
@@ -22,10 +22,10 @@ mod serve;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use ask::ask;
+pub use ask::{ask, ask_over};
 pub use config::Config;
 pub use protocol::{MountRequest, Registries};
-pub use serve::Agent;
+pub use serve::{Agent, answer};
 
 use crate::node::NodeError;
 

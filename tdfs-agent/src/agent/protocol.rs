@@ -1,4 +1,5 @@
-//! What goes over the daemon's socket: one request and one answer, each a line of JSON.
+//! What goes over the daemon's socket, or to and from a server of one mount: one request and one answer, each a line of
+//! JSON.
 //!
 //! Both ends are of one version: a field that the other one does not know is refused, never ignored.
 
@@ -99,7 +100,8 @@ pub async fn read<T: DeserializeOwned>(from: impl AsyncRead + Unpin) -> Result<T
 pub async fn write(mut to: impl AsyncWrite + Unpin, message: &impl Serialize) -> std::io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
-    to.write_all(&line).await
+    to.write_all(&line).await?;
+    to.flush().await
 }
 
 #[cfg(test)]

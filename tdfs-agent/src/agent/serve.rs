@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
@@ -76,8 +77,9 @@ impl Agent {
                     let (mounts, stopped) = (Arc::clone(&self.mounts), stopped.clone());
                     served.spawn(async move {
                         let (runtime, asked) = (Handle::current(), stopped.clone());
+                        let (from, to) = stream.into_split();
                         // A thread of its own: rustc cannot see that the future of a mount is Send.
-                        let answer = move || runtime.block_on(answer(&mounts, stream, asked));
+                        let answer = move || runtime.block_on(answer(&mounts, from, to, wait(asked)));
                         let Ok(Some(server)) = spawn_blocking(answer).await else { return };
                         drop(place);
                         let target = server.report.target.clone();
@@ -106,13 +108,13 @@ async fn wait(mut stopped: watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
-/// Does what one client asks and tells it; what is then to be served.
-async fn answer(
+/// Does what one client asks and tells it, unless `stop` comes first; what is then to be served.
+pub async fn answer(
     mounts: &Mounts,
-    mut stream: UnixStream,
-    stopped: watch::Receiver<bool>,
+    from: impl AsyncRead + Unpin,
+    to: impl AsyncWrite + Unpin,
+    stop: impl Future<Output = ()>,
 ) -> Option<MountServer> {
-    let (from, mut to) = stream.split();
     let carried_out = async {
         let request = tokio::time::timeout(PATIENCE, protocol::read(from));
         match request.await.map_err(|_| format!("no request within {} s", PATIENCE.as_secs()))?? {
@@ -121,7 +123,7 @@ async fn answer(
     };
     let mounted = tokio::select! {
         mounted = carried_out => mounted,
-        () = wait(stopped) => Err("tdfs-agent is told to stop".into()),
+        () = stop => Err("the server of the mount is told to stop".into()),
     };
     let (answer, server) = match mounted {
         Ok(server) => {
@@ -133,7 +135,7 @@ async fn answer(
             (Answer::Failed(reason), None)
         }
     };
-    if let Err(error) = protocol::write(&mut to, &answer).await {
+    if let Err(error) = protocol::write(to, &answer).await {
         tracing::info!(%error, "nobody waits for the answer");
         if let Some(server) = server
             && let Err(error) = server.serve(std::future::ready(())).await

@@ -56,7 +56,11 @@ pub enum Command {
     Registry(RegistryArgs),
     /// The server behind `tdfs mount`
     #[command(hide = true)]
-    ServeMount(MountArgs),
+    ServeMount {
+        /// State directory of the mount
+        #[arg(long, value_name = "DIR")]
+        state: PathBuf,
+    },
 }
 
 /// How to reach registries, and where to keep things.

@@ -5,18 +5,17 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context as _, bail};
-use tokio::io::AsyncReadExt as _;
 
 use super::args::MountArgs;
 use super::{Signals, print};
-use crate::agent::{self, MountRequest};
-use crate::node::{self, MountOptions, MountReport, Mounts};
+use crate::agent::{self, AgentError, MountRequest};
+use crate::node::{self, MountReport, Mounts, State};
 
-/// Asks the daemon, or starts a server and waits until the mount is there.
-pub async fn mount(args: &MountArgs, json: bool) -> anyhow::Result<ExitCode> {
+/// Asks the daemon, or starts a server and asks that.
+pub async fn mount(args: &MountArgs, verbose: u8, json: bool) -> anyhow::Result<ExitCode> {
     let report = match agent::ask(&args.common.state, request(args)?).await? {
         Some(report) => report,
-        None => own_server().await?,
+        None => own_server(args, verbose).await?,
     };
     let text = format!("{} mounted on {}", args.image, report.target.display());
     print(json, &report, &text)?;
@@ -33,49 +32,39 @@ fn request(args: &MountArgs) -> anyhow::Result<MountRequest> {
     })
 }
 
-async fn own_server() -> anyhow::Result<MountReport> {
+async fn own_server(args: &MountArgs, verbose: u8) -> anyhow::Result<MountReport> {
+    let state = args.common.state().await?;
     let program = std::env::current_exe().context("cannot find my own program")?;
-    // The same arguments: the server parses them itself. What comes before the command takes no values, and what comes
-    // behind it may be called "mount" too.
-    let mut own: Vec<_> = std::env::args_os().skip(1).collect();
-    if let Some(command) = own.iter_mut().find(|a| *a == "mount") {
-        *command = "serve-mount".into();
-    }
     let mut server = tokio::process::Command::new(program)
-        .args(own)
-        .stdin(Stdio::null())
+        .args((0..verbose).map(|_| "-v"))
+        .arg("serve-mount")
+        .arg("--state")
+        .arg(state.root())
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
         .spawn()
         .context("cannot start the server of the mount")?;
-    let (mut report, mut messages) = (String::new(), String::new());
-    let (Some(mut stdout), Some(mut stderr)) = (server.stdout.take(), server.stderr.take()) else {
-        bail!("the server of the mount has no output");
+    let (Some(to), Some(from)) = (server.stdin.take(), server.stdout.take()) else {
+        bail!("the server of the mount has no pipes");
     };
-    // Both end when the server closes them: after the mount, or because it failed.
-    tokio::try_join!(stdout.read_to_string(&mut report), stderr.read_to_string(&mut messages))?;
-    if report.is_empty() {
-        let status = server.wait().await?;
-        let line = messages.lines().last().unwrap_or_default();
-        bail!("{}", if line.is_empty() { status.to_string() } else { line.replacen("tdfs: ", "", 1) });
+    match agent::ask_over(from, to, request(args)?).await {
+        Err(AgentError::Silent(_)) => bail!("the server of the mount: {}", server.wait().await?),
+        answered => Ok(answered?),
     }
-    eprint!("{messages}");
-    serde_json::from_str(&report).context("the server of the mount is confused")
 }
 
-/// The server.
-pub async fn serve(args: &MountArgs) -> anyhow::Result<ExitCode> {
+/// The server of one mount: a request on standard input, the answer on standard output.
+pub async fn serve(state: &Path) -> anyhow::Result<ExitCode> {
     // Not the terminal's: closing it must not end the mount. It fails only for a group leader, which needs none.
     let _ = nix::unistd::setsid();
-    let state = args.common.state().await?;
-    let client = args.common.client(&args.image)?;
-    let options =
-        MountOptions { choice: args.choice.choice(), pull: args.choice.pull(), target: args.target.clone() };
+    let mounts = Mounts::new(State::open(state)?);
     let mut signals = Signals::listen()?;
-    let mounts = Mounts::new(state);
-    let mounting = async { Ok(mounts.mount(&args.image, &options, &client, &|_, _| {}).await?) };
-    let server = signals.interrupt(mounting).await?;
-    print(true, &server.report, "")?;
+    let told = async {
+        signals.next().await;
+    };
+    let Some(server) = agent::answer(&mounts, tokio::io::stdin(), tokio::io::stdout(), told).await else {
+        return Ok(ExitCode::FAILURE);
+    };
     detach()?;
     let told = async {
         signals.next().await;

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBuf;
 use tdfs_common::digest::Digest;
@@ -27,6 +28,8 @@ const DRIP: Duration = Duration::from_millis(300);
 const FOR_EVER: Duration = Duration::from_mins(2);
 /// Slow clients of each kind.
 const EACH: usize = 20;
+/// Connections that the server has at a time.
+const PLACES: usize = 1024;
 /// What a connection may hold: the buffers of its protocol, and what an answer has ready.
 const BYTES_PER_CONNECTION: u64 = 2 << 20;
 
@@ -205,6 +208,35 @@ fn others(server: &Server, digest: &Digest, slow: u64) -> Result<()> {
         }
         ensure!(begin.elapsed() < FOR_EVER, "the server puts up with {open} connections");
         thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+#[test]
+fn who_comes_when_all_places_are_taken_waits_for_one() -> Result<()> {
+    // Each is an open file here too.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let dir = TempDir::new()?;
+    let server = Server::start(dir.path(), &["--patience", "1h"])?;
+    // The kernel gives them to the server in this order.
+    let mut idle = (0..PLACES).map(|_| TcpStream::connect(server.addr)).collect::<Result<Vec<_>, _>>()?;
+    let mut late = TcpStream::connect(server.addr)?;
+    late.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    late.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let early = late.read(&mut [0]).map_err(|e| e.kind());
+    ensure!(matches!(early, Err(ErrorKind::WouldBlock)), "not one of {PLACES}, and yet {early:?}");
+    idle.pop();
+    late.set_read_timeout(Some(FOR_EVER))?;
+    let mut answer = String::new();
+    late.read_to_string(&mut answer)?;
+    ensure!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+    // Those that wait idly are no worse off.
+    for mut stream in [idle.pop(), idle.drain(..).next()].into_iter().flatten() {
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        answer.clear();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
     }
     Ok(())
 }
