@@ -5,9 +5,9 @@
 //!            <--------------------------------Answer----                         \-> bind mounts, one per request
 //! ```
 //!
-//! Without a daemon every `tdfs mount` has a server of its own, which gets the same request on its standard input. With it, mounts of one image and runtime image share one
-//! EROFS mount, and with it the kernel's page cache and the cold device. The daemon asks no registry before it is asked for
-//! something, and leaves all caches where they are when it stops.
+//! Without a daemon every `tdfs mount` has a server of its own, which gets the same request on its standard input. With a
+//! daemon, mounts of one image and runtime image share one EROFS mount, and with it the kernel's page cache and the cold
+//! device. The daemon asks no registry before it is asked for something, and leaves all caches where they are when it stops.
 //!
 //! It blocks on nothing but what a request needs, and requests do not wait for each other unless they mount the same
 //! image. When it is told to stop it unmounts everything. When it is killed its mounts stay, serve hot pages and give

@@ -13,9 +13,10 @@ use crate::node::{self, MountReport, Mounts, State};
 
 /// Asks the daemon, or starts a server and asks that.
 pub async fn mount(args: &MountArgs, verbose: u8, json: bool) -> anyhow::Result<ExitCode> {
-    let report = match agent::ask(&args.common.state, request(args)?).await? {
+    let request = request(args)?;
+    let report = match agent::ask(&args.common.state, request.clone()).await? {
         Some(report) => report,
-        None => own_server(args, verbose).await?,
+        None => own_server(&args.common.state().await?, request, verbose).await?,
     };
     let text = format!("{} mounted on {}", args.image, report.target.display());
     print(json, &report, &text)?;
@@ -32,8 +33,7 @@ fn request(args: &MountArgs) -> anyhow::Result<MountRequest> {
     })
 }
 
-async fn own_server(args: &MountArgs, verbose: u8) -> anyhow::Result<MountReport> {
-    let state = args.common.state().await?;
+async fn own_server(state: &State, request: MountRequest, verbose: u8) -> anyhow::Result<MountReport> {
     let program = std::env::current_exe().context("cannot find my own program")?;
     let mut server = tokio::process::Command::new(program)
         .args((0..verbose).map(|_| "-v"))
@@ -47,7 +47,7 @@ async fn own_server(args: &MountArgs, verbose: u8) -> anyhow::Result<MountReport
     let (Some(to), Some(from)) = (server.stdin.take(), server.stdout.take()) else {
         bail!("the server of the mount has no pipes");
     };
-    match agent::ask_over(from, to, request(args)?).await {
+    match agent::ask_over(from, to, request).await {
         Err(AgentError::Silent(_)) => bail!("the server of the mount: {}", server.wait().await?),
         answered => Ok(answered?),
     }

@@ -18,12 +18,14 @@ pub fn run(first: &Path, second: &Path) -> Result<()> {
     let both = pairs(&first, &second);
     ensure!(!both.is_empty(), "no row with a warm start beside it is in both");
     let mut table = Table::new(&["image, link, method", "÷ floor", "spread", "÷ floor", "spread", "agree"]);
+    let mut agreeing = 0;
     for (a, b) in &both {
         let of = |row: &Row<'_>| [shown(median(&row.to_floor), 2), shown_spread(&row.to_floor, 2)];
-        let agree = if agree(&a.to_floor, &b.to_floor) { "yes" } else { "no" };
-        table.row(&a.name(), of(a).into_iter().chain(of(b)).chain([agree.to_owned()]));
+        let agree = agree(&a.to_floor, &b.to_floor);
+        agreeing += usize::from(agree);
+        let said = if agree { "yes" } else { "no" };
+        table.row(&a.name(), of(a).into_iter().chain(of(b)).chain([said.to_owned()]));
     }
-    let agreeing = both.iter().filter(|(a, b)| agree(&a.to_floor, &b.to_floor)).count();
     println!("{table}\n{agreeing} of {} rows agree", both.len());
     Ok(())
 }

@@ -32,7 +32,8 @@ pub fn spread(values: &[f64]) -> (f64, f64) {
         cut += 1;
         exactly *= (n - cut as f64 + 1.0) / cut as f64;
     }
-    let outermost = cut.saturating_sub(1).min(last / 2);
+    // Half of all series have no more than half of the throws on one side: `cut` stays below the middle.
+    let outermost = cut.saturating_sub(1);
     (sorted[outermost], sorted[last - outermost])
 }
 
