@@ -18,6 +18,7 @@ use tdfs_common::runtime_image::Service;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::decoders::Decoders;
 use super::plan::{Request, plan_exactly};
 use super::receive::{Sink as _, receive};
 use super::{FetchError, Ranged};
@@ -81,8 +82,9 @@ pub async fn answer(
     streams: &Streams,
     received: &impl Fn(u64),
 ) -> Infallible {
-    let (requests, frames) = (Semaphore::new(DEMANDS_AT_ONCE), Arc::new(Semaphore::new(DEMANDS_AT_ONCE)));
-    let (requests, frames) = (&requests, &frames);
+    let requests = Semaphore::new(DEMANDS_AT_ONCE);
+    let decoders = Decoders::new(DEMANDS_AT_ONCE, DEMANDS_AT_ONCE);
+    let (requests, decoders) = (&requests, &decoders);
     let overtake = |request: Request| async move {
         let pages: Vec<Range<u64>> = request.frames.iter().map(|f| f.placed.pages.clone()).collect();
         let arrivals = &sink.injection.arrivals;
@@ -96,7 +98,7 @@ pub async fn answer(
         }
         sink.asked();
         let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
-        receive(&request, bytes, frames, sink, received).await
+        receive(&request, bytes, decoders, sink, received).await
     };
     let mut asked = PageBitmap::new(service.zone_pages());
     let mut answers = FuturesUnordered::new();

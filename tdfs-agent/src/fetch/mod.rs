@@ -14,6 +14,7 @@
 //! readers of others wait with it.
 
 mod arrivals;
+mod decoders;
 mod demand;
 mod experience;
 pub mod frame;
@@ -30,20 +31,19 @@ use std::panic;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::digest::{ContentHash, Digest};
 use tdfs_common::page::PAGE_SIZE;
 use tdfs_common::runtime_image::{PlacedFrame, Segment, Service};
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::oci::layer::LayerError;
 use crate::oci::{OciError, Store};
 use crate::rtpc::{RtpcError, Writer, Zone};
 pub use arrivals::{Arrivals, News};
+pub use decoders::Decoders;
 use demand::Streams;
 pub use layers::{ImageLayers, LayerStats, PulledImage, pull_image};
 pub use page_service::{Metadata, PageService};
@@ -119,6 +119,9 @@ pub enum FetchError {
         /// Why.
         source: io::Error,
     },
+    /// There is no memory for a decoder.
+    #[error("no decoder: {0}")]
+    Decoder(io::Error),
     /// The answer goes on after its last frame.
     #[error("segment {segment} bytes {bytes:?}: the answer is too long")]
     TooLong {
@@ -135,7 +138,7 @@ impl FetchError {
         match self {
             Self::Rtpc(e) => e.errno(),
             Self::Layer(e) => e.errno(),
-            Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::Io { source, .. } | Self::Decoder(source) => source.raw_os_error().unwrap_or(libc::EIO),
             Self::Shared(e) => e.errno(),
             _ => libc::EIO,
         }
@@ -189,7 +192,8 @@ pub async fn fetch(
     zone: &Arc<Zone>,
     progress: Progress<'_>,
 ) -> Result<(FetchStats, Commit), FetchError> {
-    fetch_announced(store, pages, service, zone, &Arc::new(Arrivals::new(zone.missing())), progress).await
+    let arrivals = Arc::new(Arrivals::new(zone.missing()));
+    fetch_announced(store, pages, service, zone, &arrivals, &Decoders::everywhere(), progress).await
 }
 
 /// Does what [`fetch`] does and tells `arrivals`, made of the pages that `zone` lacks, about every page; what they
@@ -201,6 +205,7 @@ pub async fn fetch_announced(
     service: &Service,
     zone: &Arc<Zone>,
     arrivals: &Arc<Arrivals>,
+    decoders: &Decoders,
     progress: Progress<'_>,
 ) -> Result<(FetchStats, Commit), FetchError> {
     let _over = Over(arrivals);
@@ -234,7 +239,7 @@ pub async fn fetch_announced(
         pages: AtomicU64::new(0),
         sources: sources.clone(),
     });
-    let answered = bring(store, pages, service, &injection, &count);
+    let answered = bring(store, pages, service, decoders, &injection, &count);
     let outcome = tokio::select! {
         biased;
         outcome = answered => outcome,
@@ -323,6 +328,7 @@ async fn bring(
     store: &Store,
     pages: &mut PageService,
     service: &Service,
+    decoders: &Decoders,
     injection: &Arc<Injection>,
     count: &impl Fn(u64),
 ) -> Result<(), FetchError> {
@@ -335,7 +341,7 @@ async fn bring(
     let missing = || injection.writer.missing();
     let streams = Streams::of_everything();
     tokio::select! {
-        outcome = pages.fetch(service, missing, injection, count) => outcome?,
+        outcome = pages.fetch(service, missing, decoders, injection, count) => outcome?,
         never = demand::answer(store, service, &ranges, &streams, &received) => match never {},
     }
     let planned = plan(service, &missing());
@@ -348,7 +354,7 @@ async fn bring(
         received(bytes);
     };
     let outcome = tokio::select! {
-        outcome = answer_all(store, planned, &ranges, counted) => outcome,
+        outcome = answer_all(store, planned, decoders, &ranges, counted) => outcome,
         never = demand::answer(store, service, &ranges, &streams, &received) => match never {},
     };
     if !matches!(outcome, Err(FetchError::Oci(OciError::Range { .. }))) {
@@ -360,7 +366,7 @@ async fn bring(
         injection.sources.count("segments", |used| used.bytes += bytes);
         count(bytes);
     };
-    answer_all(store, plan_whole(service, &missing()), &sink("segments"), counted).await
+    answer_all(store, plan_whole(service, &missing()), decoders, &sink("segments"), counted).await
 }
 
 /// Reads `segments` from `store` as a whole, verifies every frame, and returns where each page content lies; of equal
@@ -389,7 +395,8 @@ pub async fn page_hashes(
     let total = segments.iter().map(Segment::size).sum();
     let received = AtomicU64::new(0);
     let count = |_, bytes| progress(received.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
-    answer_all(store, segments.iter().map(Request::whole).collect(), &hashes, count).await?;
+    answer_all(store, segments.iter().map(Request::whole).collect(), &Decoders::everywhere(), &hashes, count)
+        .await?;
     let mut all = hashes.0.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(std::mem::take(&mut *all))
 }
@@ -399,18 +406,17 @@ pub async fn page_hashes(
 async fn answer_all(
     store: &Store,
     requests: Vec<Request>,
+    decoders: &Decoders,
     sink: &Arc<impl Sink>,
     received: impl Fn(usize, u64),
 ) -> Result<(), FetchError> {
-    // One frame per core in work and one waiting for it.
-    let slots = Arc::new(Semaphore::new(2 * thread::available_parallelism().map_or(1, usize::from)));
-    let (slots, received) = (&slots, &received);
+    let received = &received;
     stream::iter(requests.iter().enumerate())
         .map(Ok)
         .try_for_each_concurrent(REQUESTS_AT_ONCE, |(place, request)| async move {
             sink.asked();
             let bytes = store.blob_range(&request.blob, request.size, request.bytes.clone()).await?;
-            receive(request, bytes, slots, sink, |bytes| received(place, bytes)).await
+            receive(request, bytes, decoders, sink, |bytes| received(place, bytes)).await
         })
         .await
 }

@@ -13,17 +13,13 @@
 //! asked for, is left at once and for the whole start. Whoever calls then goes on with ranges of the segments; only what
 //! fails on this machine, such as a full disk, is an error.
 //!
-//! Bytes come in at the speed of the wire; a frame waits for one of a few slots before it is read off the stream, so
-//! memory is bounded by the slots, and a slow disk slows the sender down. Pages are given to the sink only when their
+//! Bytes come in at the speed of the wire and go through the [`Decoders`]. Pages are given to the sink only when their
 //! frame's hash, or a cut's proof, leads to what the service metadata says.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::panic;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -38,13 +34,13 @@ use tdfs_common::wire::{
     FrameAt, HEAD_LEN, HELD_MAX, Head, Held, HeldPages, Kind, Part, Reason, Request, STREAM_HEADER_LEN,
     Wanted, blob_body, check_stream_header, cut_body,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinSet;
 
 use super::FetchError;
+use super::decoders::Decoders;
 use super::experience::{Experience, Sample};
 use super::frame::Decoder;
-use super::receive::{Incoming, Sink};
+use super::receive::{Incoming, Sink, finished};
 use super::sources::Sources;
 use crate::oci::{ByteStream, ClientOptions, OciError, Pace, PageAnswer, PageSource, Store};
 
@@ -58,10 +54,6 @@ const TRIES_MAX: u32 = 16;
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Indexes of an answer.
 const INDEXES_MAX: usize = 4;
-
-thread_local! {
-    static DECODER: RefCell<Option<Decoder>> = const { RefCell::new(None) };
-}
 
 /// The page services for one start; by default there are none.
 #[derive(Default)]
@@ -209,6 +201,7 @@ impl PageService {
         &mut self,
         service: &Service,
         missing: impl Fn() -> PageBitmap,
+        decoders: &Decoders,
         sink: &Arc<impl Sink>,
         received: &impl Fn(u64),
     ) -> Result<(), FetchError> {
@@ -222,7 +215,7 @@ impl PageService {
                 break;
             }
             let name = self.name();
-            let expected = Expected { service, needed: &needed, frames: &frames };
+            let expected = Expected { service, needed: &needed, frames: &frames, decoders };
             let account = Account { name, used: self.used.clone(), decoding: self.decoding.clone() };
             let outcome = async {
                 let mut answer = if let Some(answer) = self.opened.take() {
@@ -338,6 +331,7 @@ struct Expected<'a> {
     needed: &'a PageBitmap,
     /// Of each segment.
     frames: &'a [Vec<PlacedFrame>],
+    decoders: &'a Decoders,
 }
 
 /// Where what an answer brings is counted.
@@ -439,7 +433,7 @@ impl Answer {
         let mut jobs = JoinSet::new();
         let mut outcome = self.units(expected, sink, account, received, &mut jobs).await;
         while let Some(job) = jobs.join_next().await {
-            let job = finished(job);
+            let job = finished(job).map_err(Fault::from);
             // That bytes were wrong says more than that they ended.
             outcome =
                 if matches!(outcome, Err(Fault::Passing(..))) { job.and(outcome) } else { outcome.and(job) };
@@ -455,8 +449,6 @@ impl Answer {
         received: &impl Fn(u64),
         jobs: &mut JoinSet<Result<(), FetchError>>,
     ) -> Result<(), Fault> {
-        // One frame per core in work and one waiting for it.
-        let slots = Arc::new(Semaphore::new(2 * thread::available_parallelism().map_or(1, usize::from)));
         let mut seen = HashSet::new();
         loop {
             let head = self.head().await?;
@@ -471,15 +463,14 @@ impl Answer {
             if !seen.insert(at) {
                 return Err(wrong("a frame twice"));
             }
-            // The semaphore is never closed.
-            let slot = slots.clone().acquire_owned().await.ok();
+            let slot = expected.decoders.slot().await;
             let body = self.body(head.len).await?;
             received(head.len as u64);
             account.used.count(account.name, |used| used.bytes += head.len as u64);
             let values = cut.map_or(0, |(_, values)| values);
             let job = Job { segment, placed, set, values, plain, body };
             let (sink, account) = (sink.clone(), account.clone());
-            jobs.spawn_blocking(move || job.run(&*sink, &account, slot));
+            jobs.spawn(slot.decode(move |decoder| job.run(decoder, &*sink, &account)));
             while let Some(job) = jobs.try_join_next() {
                 finished(job)?;
             }
@@ -504,49 +495,38 @@ impl Expected<'_> {
 
 impl Job {
     /// Verifies the pages and gives them to `sink`.
-    fn run(
-        self,
-        sink: &impl Sink,
-        account: &Account,
-        _slot: Option<OwnedSemaphorePermit>,
-    ) -> Result<(), FetchError> {
+    fn run(self, decoder: &mut Decoder, sink: &impl Sink, account: &Account) -> Result<(), FetchError> {
         let failed =
             |reason: String| FetchError::Frame { segment: self.segment, frame: self.placed.index, reason };
-        DECODER.with_borrow_mut(|decoder| {
-            let decoder = match decoder {
-                Some(decoder) => decoder,
-                None => decoder.insert(Decoder::new().map_err(|e| failed(e.to_string()))?),
+        let begin = Instant::now();
+        let frame = &self.placed.frame;
+        let whole = self.set == proof::all(frame.pages) && self.values == 0;
+        let pages = if whole && !self.plain {
+            decoder.decode(frame, &self.body)
+        } else {
+            let (values, bytes) = cut_body(self.values, &self.body).map_err(|e| failed(e.to_string()))?;
+            decoder.cut(frame, self.set, &values, self.plain, bytes)
+        };
+        let pages = pages.map_err(|e| failed(e.to_string()))?;
+        if !self.plain {
+            account.decoding.add(pages.len() as u64, begin.elapsed());
+        }
+        // Counted first: with the last page the fetch is over.
+        account.used.count(account.name, |used| used.pages += u64::from(self.set.count_ones()));
+        let mut rest = pages;
+        for run in runs(self.set) {
+            let (bytes, after) = rest.split_at((run.end - run.start) as usize * PAGE_SIZE);
+            rest = after;
+            let first = self.placed.pages.start + u64::from(run.start);
+            let pages = run.end - run.start;
+            let part = PlacedFrame {
+                frame: Frame { pages, ..self.placed.frame },
+                pages: first..first + u64::from(pages),
+                ..self.placed.clone()
             };
-            let begin = Instant::now();
-            let frame = &self.placed.frame;
-            let whole = self.set == proof::all(frame.pages) && self.values == 0;
-            let pages = if whole && !self.plain {
-                decoder.decode(frame, &self.body)
-            } else {
-                let (values, bytes) = cut_body(self.values, &self.body).map_err(|e| failed(e.to_string()))?;
-                decoder.cut(frame, self.set, &values, self.plain, bytes)
-            };
-            let pages = pages.map_err(|e| failed(e.to_string()))?;
-            if !self.plain {
-                account.decoding.add(pages.len() as u64, begin.elapsed());
-            }
-            // Counted first: with the last page the fetch is over.
-            account.used.count(account.name, |used| used.pages += u64::from(self.set.count_ones()));
-            let mut rest = pages;
-            for run in runs(self.set) {
-                let (bytes, after) = rest.split_at((run.end - run.start) as usize * PAGE_SIZE);
-                rest = after;
-                let first = self.placed.pages.start + u64::from(run.start);
-                let pages = run.end - run.start;
-                let part = PlacedFrame {
-                    frame: Frame { pages, ..self.placed.frame },
-                    pages: first..first + u64::from(pages),
-                    ..self.placed.clone()
-                };
-                sink.accept(&part, bytes)?;
-            }
-            Ok(())
-        })
+            sink.accept(&part, bytes)?;
+        }
+        Ok(())
     }
 }
 
@@ -559,13 +539,6 @@ fn runs(set: PageSet) -> impl Iterator<Item = std::ops::Range<u32>> {
         at = start + (set >> start).trailing_ones();
         Some(start..at)
     })
-}
-
-fn finished(job: Result<Result<(), FetchError>, JoinError>) -> Result<(), Fault> {
-    match job {
-        Ok(outcome) => Ok(outcome?),
-        Err(e) => panic::resume_unwind(e.into_panic()),
-    }
 }
 
 /// What is needed of `segments` and not missing.

@@ -1,10 +1,7 @@
 //! Frames out of a byte stream, while it arrives.
 //!
-//! Bytes come in at the speed of the wire; each wanted frame goes to a blocking thread that decompresses, verifies and
-//! injects it, in any order. A frame waits for one of a few slots before it is read off the stream, so memory is
-//! bounded by the slots, and a slow disk slows the sender down.
+//! Bytes come in at the speed of the wire; each wanted frame goes to a decoder, and from there to the sink, in any order.
 
-use std::cell::RefCell;
 use std::panic;
 use std::sync::Arc;
 
@@ -12,16 +9,12 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
 use tdfs_common::digest::Digest;
 use tdfs_common::runtime_image::PlacedFrame;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
 
 use super::FetchError;
-use super::frame::Decoder;
+use super::decoders::{Decoders, Slot};
+use super::frame::FrameError;
 use super::plan::Request;
-
-thread_local! {
-    static DECODER: RefCell<Option<Decoder>> = const { RefCell::new(None) };
-}
 
 /// What is done with verified pages, on a blocking thread.
 pub trait Sink: Send + Sync + 'static {
@@ -43,7 +36,7 @@ pub trait Sink: Send + Sync + 'static {
 pub async fn receive<S, E>(
     request: &Request,
     stream: S,
-    slots: &Arc<Semaphore>,
+    decoders: &Decoders,
     sink: &Arc<impl Sink>,
     received: impl Fn(u64),
 ) -> Result<(), FetchError>
@@ -52,7 +45,7 @@ where
     FetchError: From<E>,
 {
     let mut jobs = JoinSet::new();
-    let mut outcome = cut(request, stream, slots, sink, &mut jobs, received).await;
+    let mut outcome = cut(request, stream, decoders, sink, &mut jobs, received).await;
     while let Some(job) = jobs.join_next().await {
         outcome = outcome.and(finished(job));
     }
@@ -62,7 +55,7 @@ where
 async fn cut<S, E>(
     request: &Request,
     stream: S,
-    slots: &Arc<Semaphore>,
+    decoders: &Decoders,
     sink: &Arc<impl Sink>,
     jobs: &mut JoinSet<Result<(), FetchError>>,
     received: impl Fn(u64),
@@ -73,17 +66,15 @@ where
 {
     let mut incoming = Incoming::new(stream, received);
     for planned in &request.frames {
-        // The semaphore is never closed.
-        let slot = if planned.wanted { slots.clone().acquire_owned().await.ok() } else { None };
+        let slot = if planned.wanted { Some(decoders.slot().await) } else { None };
         let len = planned.placed.frame.len as usize;
         let bytes = incoming.take(len, planned.wanted).await?;
         let bytes = bytes.map_err(|got| {
             let reason = format!("the answer ends after {got} of its {len} bytes");
             FetchError::Frame { segment: request.blob, frame: planned.placed.index, reason }
         })?;
-        if planned.wanted {
-            let (segment, placed, sink) = (request.blob, planned.placed.clone(), sink.clone());
-            jobs.spawn_blocking(move || accept(segment, &placed, &bytes, &*sink, slot));
+        if let Some(slot) = slot {
+            jobs.spawn(accept(slot, request.blob, planned.placed.clone(), bytes, sink.clone()));
         }
         while let Some(job) = jobs.try_join_next() {
             finished(job)?;
@@ -96,28 +87,27 @@ where
     Ok(())
 }
 
-fn accept(
+async fn accept(
+    slot: Slot,
     segment: Digest,
-    placed: &PlacedFrame,
-    bytes: &[u8],
-    sink: &impl Sink,
-    _slot: Option<OwnedSemaphorePermit>,
+    placed: PlacedFrame,
+    bytes: Bytes,
+    sink: Arc<impl Sink>,
 ) -> Result<(), FetchError> {
-    if !sink.wants(placed) {
-        return Ok(());
-    }
-    let failed = |reason: String| FetchError::Frame { segment, frame: placed.index, reason };
-    DECODER.with_borrow_mut(|decoder| {
-        let decoder = match decoder {
-            Some(decoder) => decoder,
-            None => decoder.insert(Decoder::new().map_err(|e| failed(e.to_string()))?),
-        };
-        let pages = decoder.decode(&placed.frame, bytes).map_err(|e| failed(e.to_string()))?;
-        sink.accept(placed, pages)
+    slot.decode(move |decoder| {
+        if !sink.wants(&placed) {
+            return Ok(());
+        }
+        let failed =
+            |e: FrameError| FetchError::Frame { segment, frame: placed.index, reason: e.to_string() };
+        let pages = decoder.decode(&placed.frame, &bytes).map_err(failed)?;
+        sink.accept(&placed, pages)
     })
+    .await
 }
 
-fn finished(job: Result<Result<(), FetchError>, JoinError>) -> Result<(), FetchError> {
+/// What a job came to; its panic goes on here.
+pub fn finished(job: Result<Result<(), FetchError>, JoinError>) -> Result<(), FetchError> {
     match job {
         Ok(outcome) => outcome,
         Err(e) => panic::resume_unwind(e.into_panic()),
@@ -227,12 +217,12 @@ mod tests {
         let chunks: Vec<_> = chunks.collect();
         let sink = Arc::new(Collect::default());
         let total = AtomicU64::new(0);
-        let slots = Arc::new(Semaphore::new(2));
+        let decoders = Decoders::new(1, 2);
         let count = |n| {
             total.fetch_add(n, Ordering::Relaxed);
         };
-        let outcome = runtime.block_on(receive(request, stream::iter(chunks), &slots, &sink, count));
-        assert_eq!(slots.available_permits(), 2);
+        let outcome = runtime.block_on(receive(request, stream::iter(chunks), &decoders, &sink, count));
+        assert_eq!(decoders.free(), 2);
         (outcome, sink, total.into_inner())
     }
 

@@ -13,7 +13,9 @@ use tokio::task::JoinHandle;
 use super::NodeError;
 use super::start::ms;
 use super::timeline::Moments;
-use crate::fetch::{Arrivals, Commit, FetchError, FetchStats, PageService, Progress, fetch_announced};
+use crate::fetch::{
+    Arrivals, Commit, Decoders, FetchError, FetchStats, PageService, Progress, fetch_announced,
+};
 use crate::oci::Store;
 use crate::rtpc::Zone;
 
@@ -58,6 +60,7 @@ impl Fetching {
         mut pages: PageService,
         (service, zone): &(Arc<Service>, Arc<Zone>),
         missing: PageBitmap,
+        decoders: Decoders,
     ) -> Self {
         let begin = Instant::now();
         let arrivals = Arc::new(Arrivals::new(missing));
@@ -69,7 +72,8 @@ impl Fetching {
             let progress = |done, total| {
                 tell.send_replace((done, total));
             };
-            let fetched = fetch_announced(&store, &mut pages, &service, &zone, &announced, &progress).await;
+            let fetched =
+                fetch_announced(&store, &mut pages, &service, &zone, &announced, &decoders, &progress).await;
             if let Err(error) = &fetched
                 && alone.load(Ordering::Relaxed)
             {

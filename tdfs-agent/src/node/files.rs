@@ -94,7 +94,7 @@ fn needs_accounts(image: &Image) -> bool {
 
 impl FilesSource {
     async fn load(&self) -> Result<ImageFiles, NodeError> {
-        let loaded = self.found.clone().load(&self.store, &self.state, &self.image).await?;
+        let (loaded, ()) = self.found.clone().load(&self.store, &self.state, &self.image, |_| ()).await?;
         ImageFiles::new(&self.state, &self.store, loaded.tree, loaded.index, loaded.windows)
     }
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::digest::Digest;
 use tdfs_common::runtime_image::Service;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::files::{ImageFiles, LazyFiles};
 use super::resolve::Resolved;
 use super::{NodeError, State};
 use crate::fetch::{Arrivals, Progress};
 use crate::rootfs::{HotPages, Keepable, Kept};
-use crate::rtpc::Zone;
+use crate::rtpc::{RtpcError, Zone};
 
 /// An image ready to be mounted.
 pub struct Prepared {
@@ -27,8 +27,23 @@ pub struct Prepared {
     pub kept: Option<Kept>,
 }
 
+/// The zone of a service, being opened: that waits for the disk, and nothing else of a start needs to.
+pub struct OpeningZone(JoinHandle<Result<(Zone, PageBitmap), RtpcError>>);
+
+impl OpeningZone {
+    /// Begins to open the zone of `service`.
+    pub(super) fn begin(state: &State, service: &Service) -> Self {
+        let (root, service) = (state.root().to_owned(), service.clone());
+        Self(spawn_blocking(move || {
+            let zone = Zone::open(&root, &service)?;
+            let missing = zone.missing();
+            Ok((zone, missing))
+        }))
+    }
+}
+
 impl Prepared {
-    /// Opens the zone of the runtime image or, without one, pulls all layers.
+    /// Waits for the zone of the runtime image or, without one, pulls all layers.
     pub async fn new(
         state: &State,
         resolved: &mut Resolved,
@@ -40,20 +55,15 @@ impl Prepared {
             let (files, missing) = (Arc::new(LazyFiles::Loaded(files)), PageBitmap::new(0));
             return Ok(Self { files, hot: None, missing, kept: None });
         };
-        let (root, kept) = (state.root().to_owned(), state.kept(&runtime.manifest));
-        let (service, manifest) = (runtime.service, runtime.manifest);
+        let (kept, manifest) = (state.kept(&runtime.manifest), runtime.manifest);
         let kept = spawn_blocking(move || Kept::open(&kept, manifest.as_bytes()));
-        let opened = spawn_blocking(move || {
-            let zone = Zone::open(&root, &service)?;
-            let missing = zone.missing();
-            Ok::<_, NodeError>((Arc::new(zone), missing, service))
-        });
-        let (zone, missing, service) = opened.await??;
+        let (zone, missing) = runtime.zone.0.await??;
+        let zone = Arc::new(zone);
         let read = Arc::clone(&zone);
         // Asking takes milliseconds, and nobody needs to wait: who comes before a page reads it.
         spawn_blocking(move || read.prefetch());
         let kept = if missing.count() == 0 { kept.await? } else { None };
-        let hot = Some((Arc::new(service), zone));
+        let hot = Some((Arc::new(runtime.service), zone));
         Ok(Self { files: Arc::new(runtime.files), hot, missing, kept })
     }
 

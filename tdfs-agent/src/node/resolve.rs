@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 
 use super::files::{FilesSource, ImageFiles, LazyFiles};
+use super::prepare::OpeningZone;
 use super::{NodeError, State};
 use crate::fetch::{Metadata, PageService};
 use crate::oci::{ClientOptions, Image, Location, MANIFEST_TYPE, OciError, Reference, Requests, Store};
@@ -54,6 +55,8 @@ pub struct Runtime {
     pub artifact: Bytes,
     /// Page table and segments.
     pub service: Service,
+    /// Their zone.
+    pub zone: OpeningZone,
     /// The image's files.
     pub files: LazyFiles,
 }
@@ -216,14 +219,16 @@ async fn find(
     if state.kept(&manifest).exists() {
         // What is kept was made of parts that fitted each other and the image, and all of them are named by digest.
         let service = found.service(metadata, state.root()).await?;
+        let zone = OpeningZone::begin(state, &service);
         let (image, store, state) = (image.clone(), store.clone(), state.root().to_owned());
         let source = FilesSource { found, image, store, state };
         let files = LazyFiles::Later(OnceCell::new(), Box::new(source));
-        return Ok(Runtime { manifest, artifact, service, files });
+        return Ok(Runtime { manifest, artifact, service, zone, files });
     }
-    let loaded = found.load(metadata, state.root(), image).await?;
+    let open = |service: &Service| OpeningZone::begin(state, service);
+    let (loaded, zone) = found.load(metadata, state.root(), image, open).await?;
     let files = ImageFiles::new(state.root(), store, loaded.tree, loaded.index, loaded.windows)?;
-    Ok(Runtime { manifest, artifact, service: loaded.service, files: LazyFiles::Loaded(files) })
+    Ok(Runtime { manifest, artifact, service: loaded.service, zone, files: LazyFiles::Loaded(files) })
 }
 
 /// The layout `resolved/`.

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! runc boots -------------------------------------------------------------------\
-//! resolve -> diff -+-> fetch missing pages, verify, inject into the zone         |
+//! resolve, diff ---+-> fetch missing pages, verify, inject into the zone         |
 //!                  |        fetched: wait for all \      / streaming: at once    |
 //!                  +----------------------------------+--> container.rs: mounts --+--> container runs -> ready
 //! ```
+//!
+//! The zone is opened, which waits for the disk, as soon as the page table is there and while the rest of the metadata
+//! is decoded (`resolve.rs`, `prepare.rs`).
 //!
 //! [`StartMode`] says which way a start takes. Nothing looks at the image before its pages are there or, streaming, wait
 //! for: pages that had not arrived when the image was mounted lie behind the cold device, whose reads wait for them and
@@ -17,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tdfs_common::page::PAGE_SIZE;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::container::{Container, Created, Making};
 use super::fetching::{Fetching, Rest};
@@ -26,7 +29,7 @@ use super::prepare::{Prepared, keep};
 use super::resolve::{Choice, Pull, Resolved, resolve};
 use super::timeline::{Moments, Recording, Stages};
 use super::{NodeError, StartReport, State};
-use crate::fetch::{Progress, SourceUse, bytes_missing};
+use crate::fetch::{Decoders, Progress, SourceUse, bytes_missing};
 use crate::oci::{ClientOptions, Reference};
 use crate::record::Probe;
 use crate::record::sandbox::{Exit, Forward, Launch, Network, Sandbox};
@@ -115,8 +118,15 @@ pub async fn start(
     let mut stages = Stages::new(begin);
     let moments = options.events.then(|| Moments::new(begin));
     let run = state.new_run()?;
-    let launch = Launch::run(&run.id(), &run.path().join("bundle"), &state.runc())?;
-    let mut resolved = resolve(state, reference, &options.choice, options.pull, client).await?;
+    let (place, runc) = (Arc::clone(&run), state.runc());
+    let launching = spawn_blocking(move || {
+        let launch = Launch::run(&place.id(), &place.path().join("bundle"), &runc);
+        // Where nobody waits for it any more, it is dropped before its place.
+        (launch, place)
+    });
+    let resolved = resolve(state, reference, &options.choice, options.pull, client).await;
+    let (launch, _) = launching.await?;
+    let (launch, mut resolved) = (launch?, resolved?);
     let pages = std::mem::take(&mut resolved.pages);
     let (sources, answers) = (pages.sources(), pages.answers());
     report.image = Some(resolved.image.digest);
@@ -163,7 +173,9 @@ pub async fn start(
     let probe = options.ready.clone().or(recorded);
 
     let hot = prepared.hot.as_ref().filter(|_| missing > 0);
-    let mut fetching = hot.map(|hot| Fetching::begin(&resolved.store, pages, hot, prepared.missing.clone()));
+    let decoders = if streaming { Decoders::beside_container() } else { Decoders::everywhere() };
+    let mut fetching =
+        hot.map(|hot| Fetching::begin(&resolved.store, pages, hot, prepared.missing.clone(), decoders));
     if let (Some(fetching), Some(moments)) = (&mut fetching, &moments) {
         moments.missing(missing);
         fetching.record(moments.clone());

@@ -14,7 +14,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use bytes::Bytes;
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{StreamExt as _, TryFutureExt as _, TryStreamExt as _, stream};
 use tdfs_common::digest::Digest;
 use tdfs_common::envelope::{Format, decode};
 use tdfs_common::layer_index::LayerIndex;
@@ -143,20 +143,23 @@ pub async fn load(
     image: &Image,
     choice: Choice<'_>,
 ) -> Result<LoadedRuntimeImage, PackError> {
-    find(store, image, choice).await?.load(store, state, image).await
+    find(store, image, choice).await?.load(store, state, image, |_| ()).await.map(|(loaded, ())| loaded)
 }
 
 impl FoundRuntimeImage {
-    /// All of it.
-    pub async fn load(
+    /// All of it, and what `early` makes of the page table as soon as that is there, before it is known whether the rest
+    /// fits.
+    pub async fn load<T>(
         self,
         store: &Store,
         state: &Path,
         image: &Image,
-    ) -> Result<LoadedRuntimeImage, PackError> {
+        early: impl FnOnce(&Service) -> T,
+    ) -> Result<(LoadedRuntimeImage, T), PackError> {
         let cache = state.join("metadata");
-        let (service, tree, index) = tokio::try_join!(
-            metadata::<Service>(store, &cache, self.part(SERVICE_TYPE)?),
+        let service = self.service(store, state).map_ok(|service| (early(&service), service));
+        let ((early, service), tree, index) = tokio::try_join!(
+            service,
             metadata::<Tree>(store, &cache, self.part(TREE_TYPE)?),
             metadata::<LayerIndex>(store, &cache, self.part(LAYER_INDEX_TYPE)?),
         )?;
@@ -173,7 +176,7 @@ impl FoundRuntimeImage {
         let Self { manifest, artifact, parsed } = self;
         let loaded = LoadedRuntimeImage { manifest, artifact, service, tree, index, windows };
         match loaded.check(image, &parsed) {
-            Ok(()) => Ok(loaded),
+            Ok(()) => Ok((loaded, early)),
             Err(reason) => Err(PackError::Damaged { what: manifest.to_string(), reason: reason.to_owned() }),
         }
     }

@@ -20,7 +20,7 @@ use tdfs_common::bitmap::PageBitmap;
 use tdfs_common::page::{self, PAGE_SIZE};
 use tdfs_common::runtime_image::Run;
 
-use super::{HotPages, RootfsError};
+use super::RootfsError;
 use crate::fetch::Arrivals;
 
 /// How long reads waited for awaited pages.
@@ -58,16 +58,18 @@ pub struct Awaited {
 }
 
 impl Awaited {
-    /// The runs of `hot` that are present, and the others.
-    pub fn split(hot: &HotPages<'_>, zone: &File) -> Result<(Vec<Run>, Option<Self>), RootfsError> {
-        let Some(arrivals) = hot.arrivals else { return Ok((hot.runs.to_vec(), None)) };
-        let (present, mut runs) = split(hot.runs, &arrivals.awaited());
-        runs.sort_unstable_by_key(|r| (r.ino, r.file_page));
+    /// The parts of `runs`, which are by file and page, that have arrived in the `zone`, and the others.
+    pub fn split(
+        runs: &[Run],
+        arrivals: &Arc<Arrivals>,
+        zone: &File,
+    ) -> Result<(Vec<Run>, Self), RootfsError> {
+        let (present, runs) = split(runs, &arrivals.awaited());
         let zone = zone.try_clone().map_err(RootfsError::io("zone file".as_ref()))?;
         let (pages, requests, nanoseconds) = Default::default();
         let awaited =
             Self { runs, zone: Arc::new(zone), arrivals: Arc::clone(arrivals), pages, requests, nanoseconds };
-        Ok((present, Some(awaited)))
+        Ok((present, awaited))
     }
 
     /// The awaited parts of `bytes` of a file, and where in the zone file each lies.

@@ -72,6 +72,11 @@ impl ColdMap {
         self.blocks
     }
 
+    /// First block and inode of every file that is not empty, ascending in both.
+    pub fn starts(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.regions.iter().copied()
+    }
+
     /// First block of a file; `None` for an empty file or no file.
     pub fn start_of(&self, ino: u32) -> Option<u32> {
         let found = self.regions.binary_search_by_key(&ino, |r| r.1).ok()?;

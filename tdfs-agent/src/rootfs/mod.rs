@@ -138,11 +138,17 @@ impl RootFs {
     ) -> Result<Self, RootfsError> {
         let hot = hot.filter(|h| !h.runs.is_empty());
         let zone = hot.map(|h| zone_of(&h)).transpose()?;
-        if let Some(hot) = hot {
-            erofs::check_runs(&tree, hot.runs, hot.zone_pages)?;
-        }
-        let split = hot.zip(zone.as_ref()).map(|(hot, zone)| Awaited::split(&hot, zone));
-        let (present, awaited) = split.transpose()?.unwrap_or_default();
+        let runs = match &hot {
+            Some(hot) => erofs::check_runs(&tree, hot.runs, hot.zone_pages)?,
+            None => Vec::new(),
+        };
+        let (present, awaited) = match zone.as_ref().zip(hot.and_then(|h| h.arrivals)) {
+            Some((zone, arrivals)) => {
+                let (present, awaited) = Awaited::split(&runs, arrivals, zone)?;
+                (present, Some(awaited))
+            }
+            None => (runs, None),
+        };
         let metadata = erofs::write(&tree, &present, hot.map_or(0, |h| h.zone_pages))?;
 
         let failed = RootfsError::io(dir.path());

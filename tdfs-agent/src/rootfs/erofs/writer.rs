@@ -4,9 +4,11 @@
 //! where every file has a region of its own ([`ColdMap`]). The chunk size of a file is the largest that its runs allow,
 //! so a file that is all cold, or hot in one piece, needs one chunk. A file without any data is one hole.
 
+use std::ops::Range;
+
 use tdfs_common::page;
 use tdfs_common::runtime_image::Run;
-use tdfs_common::tree::{Body, Inode, Tree};
+use tdfs_common::tree::{Body, DirEntry, Inode, Tree};
 use zerocopy::IntoBytes;
 
 use super::format::{self, BLOCK, CHUNK_BITS_MAX, NULL_BLOCK, SLOT};
@@ -115,47 +117,53 @@ struct Segment {
 
 /// A regular file: segments in order, all starting at multiples of the chunk size.
 struct Chunks {
-    segments: Vec<Segment>,
+    /// Of those of all files.
+    segments: Range<usize>,
     bits: u32,
     count: u64,
 }
 
 impl Chunks {
-    /// `runs` are the file's own; `cold` is where its cold pages start, `None` if it has no data at all.
-    fn of(runs: &[Run], pages: u64, cold: Option<(u16, u32)>) -> Self {
+    /// Puts its segments behind `all`. `runs` are the file's own; `cold` is where its cold pages start, `None` if it has
+    /// no data at all.
+    fn of(all: &mut Vec<Segment>, runs: &[Run], pages: u64, cold: Option<(u16, u32)>) -> Self {
         let cold_at = |page: u64| match cold {
             Some((device, block)) => Segment { page, device, block: block + page as u32 },
             None => Segment { page, device: 0, block: NULL_BLOCK },
         };
-        let mut segments: Vec<Segment> = Vec::with_capacity(2 * runs.len() + 1);
+        let first = all.len();
         let mut at = 0;
         for run in runs {
             let page = u64::from(run.file_page);
             if page > at {
-                segments.push(cold_at(at));
+                all.push(cold_at(at));
             }
-            let goes_on = segments.last().is_some_and(|s| {
+            let goes_on = all[first..].last().is_some_and(|s| {
                 page == at
                     && s.device == 1
                     && u64::from(s.block) + (page - s.page) == u64::from(run.zone_page)
             });
             if !goes_on {
-                segments.push(Segment { page, device: 1, block: run.zone_page });
+                all.push(Segment { page, device: 1, block: run.zone_page });
             }
             at = page + u64::from(run.count);
         }
         if at < pages {
-            segments.push(cold_at(at));
+            all.push(cold_at(at));
         }
-        let starts = segments.iter().fold(0, |all, s| all | s.page);
+        let starts = all[first..].iter().fold(0, |starts, s| starts | s.page);
         let bits = if starts == 0 { pages.next_power_of_two().ilog2() } else { starts.trailing_zeros() };
         let bits = bits.min(CHUNK_BITS_MAX);
-        let chunks = Self { segments, bits, count: pages.div_ceil(1 << bits) };
-        if chunks.count > CHUNKS_MAX && !runs.is_empty() { Self::of(&[], pages, cold) } else { chunks }
+        let count = pages.div_ceil(1 << bits);
+        if count > CHUNKS_MAX && !runs.is_empty() {
+            all.truncate(first);
+            return Self::of(all, &[], pages, cold);
+        }
+        Self { segments: first..all.len(), bits, count }
     }
 
-    fn write(&self, table: &mut [u8]) {
-        let mut following = self.segments.iter().copied().peekable();
+    fn write(&self, all: &[Segment], table: &mut [u8]) {
+        let mut following = all[self.segments.clone()].iter().copied().peekable();
         let mut segment = Segment { page: 0, device: 0, block: NULL_BLOCK };
         for (n, slot) in table.chunks_exact_mut(size_of::<format::ChunkIndex>()).enumerate() {
             let page = (n as u64) << self.bits;
@@ -190,6 +198,7 @@ struct Place {
 
 struct Layout {
     places: Vec<Place>,
+    segments: Vec<Segment>,
     parents: Vec<u32>,
     blocks: u32,
 }
@@ -198,6 +207,8 @@ impl Layout {
     /// `runs` sorted by inode and page.
     fn of(tree: &Tree, mut runs: &[Run], cold: &ColdMap, cold_device: u16) -> Result<Self, ErofsError> {
         let mut places = Vec::with_capacity(tree.inodes.len());
+        let mut segments = Vec::with_capacity(tree.inodes.len() + 2 * runs.len());
+        let mut cold = cold.starts().peekable();
         let mut parents = vec![0u32; tree.inodes.len()];
         let mut at = BLOCK as u64;
         let mut far_blocks = 0u64;
@@ -218,7 +229,7 @@ impl Layout {
                             parents[entry.ino as usize] = ino as u32;
                         }
                     }
-                    directory_size(&names(tree, ino as u32, 0))
+                    Names::of(entries, ino as u32, 0).size()
                 }
                 Body::Symlink(target) => target.len() as u64,
                 _ => inode.file_size(),
@@ -238,8 +249,9 @@ impl Layout {
                     Content::Bytes { first, blocks, inline: inline as u32 }
                 }
                 Body::Regular { extents, .. } if size > 0 => {
-                    let start = cold.start_of(ino as u32).filter(|_| !extents.is_empty());
-                    let chunks = Chunks::of(of_file, page::count(size), start.map(|b| (cold_device, b)));
+                    let start = cold.next_if(|(_, of)| *of == ino as u32).map(|(block, _)| block);
+                    let start = start.filter(|_| !extents.is_empty()).map(|block| (cold_device, block));
+                    let chunks = Chunks::of(&mut segments, of_file, page::count(size), start);
                     len = len.next_multiple_of(8) + 8 * chunks.count;
                     Content::Chunks(chunks)
                 }
@@ -260,7 +272,7 @@ impl Layout {
                 *first += first_far;
             }
         }
-        Ok(Self { places, parents, blocks: first_far + far_blocks as u32 })
+        Ok(Self { places, segments, parents, blocks: first_far + far_blocks as u32 })
     }
 
     fn write_inode(&self, image: &mut [u8], tree: &Tree, ino: usize, inode: &Inode, links: u32) {
@@ -299,93 +311,116 @@ impl Layout {
             Content::None(_) => {}
             Content::Chunks(chunks) => {
                 let table = tail.next_multiple_of(8);
-                chunks.write(&mut image[table..table + 8 * chunks.count as usize]);
+                chunks.write(&self.segments, &mut image[table..table + 8 * chunks.count as usize]);
             }
             Content::Bytes { first, blocks, inline } => {
                 let far = *first as usize * BLOCK;
-                let bytes = match &inode.body {
-                    Body::Directory(_) => self.directory(&names(tree, ino as u32, self.parents[ino]), tree),
-                    Body::Symlink(target) => target.clone(),
-                    _ => Vec::new(),
-                };
-                let (whole, rest) = bytes.split_at(bytes.len() - *inline as usize);
-                debug_assert!(
-                    whole.len() <= *blocks as usize * BLOCK,
-                    "directory grew since it was measured"
-                );
-                image[far..far + whole.len()].copy_from_slice(whole);
-                image[tail..tail + rest.len()].copy_from_slice(rest);
+                let far = far..far + *blocks as usize * BLOCK;
+                let tail = tail..tail + *inline as usize;
+                match &inode.body {
+                    Body::Directory(entries) => {
+                        let names = Names::of(entries, ino as u32, self.parents[ino]);
+                        self.write_directory(image, tree, &names, far, tail);
+                    }
+                    Body::Symlink(target) => {
+                        let (whole, rest) = target.split_at(target.len() - tail.len());
+                        image[far][..whole.len()].copy_from_slice(whole);
+                        image[tail].copy_from_slice(rest);
+                    }
+                    _ => {}
+                }
             }
         }
     }
 
-    /// A directory's bytes: blocks, the last one only as far as it is used.
-    fn directory(&self, mut names: &[Name<'_>], tree: &Tree) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        while !names.is_empty() {
-            bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
-            let (block, rest) = names.split_at(fitting(names));
-            let mut name_offset = block.len() * size_of::<format::DirEntry>();
-            for name in block {
+    /// Blocks of `names` in the `far` part of the `image`, the last one in `tail` if that is not empty.
+    fn write_directory(
+        &self,
+        image: &mut [u8],
+        tree: &Tree,
+        names: &Names<'_>,
+        far: Range<usize>,
+        tail: Range<usize>,
+    ) {
+        let mut far = far.step_by(BLOCK);
+        for block in names.blocks() {
+            // Of the measured size: a directory that grew since would not fit.
+            let to = &mut image[far.next().map_or(tail.clone(), |at| at..at + BLOCK)];
+            let (mut entry_at, mut name_at) = (0, block.len() * size_of::<format::DirEntry>());
+            for Name { name, ino } in block.map(|n| names.get(n)) {
                 let entry = format::DirEntry {
-                    nid: (self.places[name.ino as usize].offset / SLOT as u64).into(),
-                    name_offset: (name_offset as u16).into(),
-                    kind: kind(&tree.inodes[name.ino as usize].body),
+                    nid: (self.places[ino as usize].offset / SLOT as u64).into(),
+                    name_offset: (name_at as u16).into(),
+                    kind: kind(&tree.inodes[ino as usize].body),
                     reserved: 0,
                 };
-                bytes.extend_from_slice(entry.as_bytes());
-                name_offset += name.name.len();
+                to[entry_at..entry_at + size_of_val(&entry)].copy_from_slice(entry.as_bytes());
+                to[name_at..name_at + name.len()].copy_from_slice(name);
+                entry_at += size_of_val(&entry);
+                name_at += name.len();
             }
-            for name in block {
-                bytes.extend_from_slice(name.name);
-            }
-            names = rest;
         }
-        bytes
     }
 }
 
+#[derive(Clone, Copy)]
 struct Name<'a> {
     name: &'a [u8],
     ino: u32,
 }
 
-impl Name<'_> {
-    fn cost(&self) -> usize {
-        size_of::<format::DirEntry>() + self.name.len()
-    }
+/// The names in a directory, with `.` and `..` where they sort.
+struct Names<'a> {
+    entries: &'a [DirEntry],
+    /// Places of `.` and `..` among all names, and what they stand for.
+    dots: [(usize, Name<'a>); 2],
 }
 
-/// The names in directory `ino`, with `.` and `..` where they sort.
-fn names(tree: &Tree, ino: u32, parent: u32) -> Vec<Name<'_>> {
-    let Body::Directory(entries) = &tree.inodes[ino as usize].body else { return Vec::new() };
-    let mut names = Vec::with_capacity(entries.len() + 2);
-    names.extend(entries.iter().map(|e| Name { name: &e.name, ino: e.ino }));
-    for (dots, ino) in [(b"." as &[u8], ino), (b"..", parent)] {
-        names.insert(names.partition_point(|n| n.name < dots), Name { name: dots, ino });
+impl<'a> Names<'a> {
+    fn of(entries: &'a [DirEntry], ino: u32, parent: u32) -> Self {
+        let before = |dots: &[u8]| entries.partition_point(|e| e.name.as_slice() < dots);
+        let this = (before(b"."), Name { name: b".", ino });
+        let parent = (before(b"..") + 1, Name { name: b"..", ino: parent });
+        Self { entries, dots: [this, parent] }
     }
-    names
-}
 
-/// How many of the first `names` fill a block: at least one, since a name is at most 255 bytes.
-fn fitting(names: &[Name<'_>]) -> usize {
-    let mut used = 0;
-    let full = |n: &Name<'_>| {
-        used += n.cost();
-        used > BLOCK
-    };
-    names.iter().position(full).unwrap_or(names.len())
-}
-
-fn directory_size(mut names: &[Name<'_>]) -> u64 {
-    let mut size = 0u64;
-    while !names.is_empty() {
-        let (block, rest) = names.split_at(fitting(names));
-        let used: usize = block.iter().map(Name::cost).sum();
-        size = size.next_multiple_of(BLOCK as u64) + used as u64;
-        names = rest;
+    fn len(&self) -> usize {
+        self.entries.len() + self.dots.len()
     }
-    size
+
+    fn get(&self, n: usize) -> Name<'a> {
+        if let Some((_, dots)) = self.dots.iter().find(|(at, _)| *at == n) {
+            return *dots;
+        }
+        let entry = &self.entries[n - self.dots.iter().filter(|(at, _)| *at < n).count()];
+        Name { name: &entry.name, ino: entry.ino }
+    }
+
+    fn cost(&self, n: usize) -> usize {
+        size_of::<format::DirEntry>() + self.get(n).name.len()
+    }
+
+    /// Which of them go into each block: at least one, since a name is at most 255 bytes.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let mut used = 0;
+            let full = |n: &usize| {
+                used += self.cost(*n);
+                used > BLOCK
+            };
+            let end = (from..self.len()).find(full).unwrap_or(self.len());
+            let block = from..end;
+            from = end;
+            (!block.is_empty()).then_some(block)
+        })
+    }
+
+    /// Bytes of its blocks, the last one only as far as it is used.
+    fn size(&self) -> u64 {
+        let used = |block: Range<usize>| block.map(|n| self.cost(n)).sum::<usize>() as u64;
+        self.blocks().fold(0, |size: u64, block| size.next_multiple_of(BLOCK as u64) + used(block))
+    }
 }
 
 fn kind(body: &Body) -> u8 {
