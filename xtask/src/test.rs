@@ -109,7 +109,8 @@ fn test(packages: &[&str], arguments: &[&str]) -> Result<()> {
     } else {
         command.args(["test", "--locked", "--no-fail-fast", "--quiet"]).args(packages).args(arguments);
     }
-    command::run(&mut command)
+    // Errors of tests say where they come from; thirty frames of the test runner would bury that.
+    command::run(command.env("RUST_LIB_BACKTRACE", "0"))
 }
 
 /// How long each stage took.

@@ -10,7 +10,9 @@
 //!
 //! Only inodes of the private mount count, so nothing of the host, of /proc or of the container's own writes leaks in;
 //! and because a page is there only when it was demanded, the set is exact. After the moment of readiness the container
-//! is stopped, and everything recorded up to then is compared with the page cache, which knows nothing of the probe.
+//! is stopped, and everything recorded up to then is compared with the page cache, which knows nothing of the probe. The
+//! cut is at the event where the kernel says it; a line or an answer is noticed some time after it, and there the cut is
+//! where the container was stopped.
 //! O_DIRECT and DAX are outside: EROFS files have neither behind an overlay.
 //!
 //! A crash leaves a container and mounts, which `sandbox::remove_leftover` and `rootfs::recover` remove.
@@ -181,11 +183,12 @@ fn attach(input: &RecordInput<'_>) -> Result<Option<Tracer>, RecordError> {
     }
 }
 
-/// When the process was started, and when it was ready (CLOCK_MONOTONIC, nanoseconds).
+/// When the process was started, when it was ready, and the end of what is recorded (CLOCK_MONOTONIC, nanoseconds).
 #[derive(Clone, Copy)]
 struct Moments {
     started: u64,
     ready: u64,
+    cut: u64,
 }
 
 /// Starts the container, waits until it is ready and stops it there.
@@ -200,6 +203,7 @@ async fn run(
     }
     let started = tracer::now();
     sandbox.start().await?;
+    let is_event = readiness.is_event();
     let ready = readiness.wait_traced(sandbox, tracer, timeout).await?;
     if sandbox.exit().is_none() {
         match sandbox.pause().await {
@@ -208,7 +212,9 @@ async fn run(
             _ => {}
         }
     }
-    Ok(Moments { started, ready })
+    // Lines and answers are noticed late, here as in a start: what is touched meanwhile belongs to the recording.
+    let cut = if is_event { ready } else { tracer::now() };
+    Ok(Moments { started, ready, cut })
 }
 
 /// Collects the events, checks them against the page cache and makes the trace.
@@ -223,14 +229,17 @@ fn finish(
     };
     let (method, runs, oracle, lost, diagnostics) = if let Some(tracer) = tracer {
         let method = tracer.method();
+        // The tracer still watches: the kernel may evict pages while they are counted.
+        let asked = tracer::now();
+        let mut resident = oracle::resident(rootfs, tree).map_err(RecordError::Residency)?;
         let events = tracer.finish()?;
-        let resident = oracle::resident(rootfs, tree).map_err(RecordError::Residency)?;
+        oracle::forget(&mut resident, &known(order::evicted(&events.pages, asked)));
         let oracle = oracle::compare(
             &known(order::first_use(&events.pages, u64::MAX)),
             &known(order::left(&events.pages)),
             &resident,
         );
-        let runs = known(order::first_use(&events.pages, moments.ready));
+        let runs = known(order::first_use(&events.pages, moments.cut));
         (method, runs, Some(oracle), events.lost, events.diagnostics)
     } else {
         let resident = oracle::resident(rootfs, tree).map_err(RecordError::Residency)?;

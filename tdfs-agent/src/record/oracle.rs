@@ -45,6 +45,15 @@ pub(super) fn resident(rootfs: &RootFs, tree: &Tree) -> io::Result<HashMap<u32, 
     Ok(found)
 }
 
+/// Takes out pages that the kernel evicted while they were looked for: they may have been found or not.
+pub(super) fn forget(resident: &mut HashMap<u32, PageBitmap>, evicted: &[(u32, PageRun)]) {
+    for (ino, run) in evicted {
+        if let Some(bitmap) = resident.get_mut(ino) {
+            bitmap.remove_range(run.pages.start.into()..run.pages.end.into());
+        }
+    }
+}
+
 /// Compares the pages that must be `left` of `recorded` ones, each no page twice, with what is resident.
 pub(super) fn compare(
     recorded: &[(u32, PageRun)],
@@ -86,5 +95,17 @@ mod tests {
         assert!((oracle.precision - 2.0 / 3.0).abs() < 1e-9 && (oracle.recall - 0.5).abs() < 1e-9);
         assert!((compare(&[run(1, 0..4)], &[run(1, 0..4)], &resident).recall - 1.0).abs() < 1e-9);
         assert!((compare(&[], &[], &HashMap::new()).recall - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn pages_evicted_meanwhile_count_for_nothing() {
+        let run = |ino, pages| (ino, PageRun { ino: u64::from(ino), pages });
+        let mut pages = PageBitmap::new(4);
+        pages.insert_range(0..3);
+        let mut resident = HashMap::from([(1, pages)]);
+        forget(&mut resident, &[run(1, 2..4), run(2, 0..1)]);
+        let oracle = compare(&[run(1, 0..3), run(2, 0..1)], &[run(1, 0..2)], &resident);
+        assert_eq!((oracle.precision, oracle.recall), (1.0, 1.0));
+        assert_eq!((oracle.recorded, oracle.evicted, oracle.resident), (4, 2, 2));
     }
 }

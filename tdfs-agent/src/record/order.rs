@@ -47,6 +47,12 @@ pub fn first_use(events: &[Event], cut: u64) -> Vec<PageRun> {
     runs(order.into_iter().map(|(_, ino, page)| (ino, page)))
 }
 
+/// The pages that left the page cache at `since` (CLOCK_MONOTONIC, nanoseconds) or later.
+pub fn evicted(events: &[Event], since: u64) -> Vec<PageRun> {
+    let removed = events.iter().filter(|e| e.kind == Kind::Removed as u32 && e.ktime >= since);
+    removed.map(|e| PageRun { ino: e.ino, pages: e.index..e.index.saturating_add(e.count) }).collect()
+}
+
 /// The pages that entered the page cache and did not leave it again: what must be there after the last event. The kernel
 /// may evict any page at any time, and systems with proactive reclaim do so without memory pressure.
 pub fn left(events: &[Event]) -> Vec<PageRun> {
@@ -119,6 +125,8 @@ mod tests {
         let run = |pages| PageRun { ino: 7, pages };
         assert_eq!(left(&events), [run(0..1), run(2..4)]);
         assert_eq!(first_use(&events, 2), [run(0..4)]);
+        assert_eq!(evicted(&events, 2), [run(1..3)]);
+        assert_eq!(evicted(&events, 3), []);
     }
 
     proptest! {

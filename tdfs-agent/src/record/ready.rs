@@ -203,6 +203,11 @@ impl Readiness {
         Ok(Self { probe: probe.clone(), means })
     }
 
+    /// Whether the tracer sees the moment itself; lines and answers are noticed after it.
+    pub(super) fn is_event(&self) -> bool {
+        matches!(self.means, Means::Events(..)) && !matches!(self.probe, Probe::Http(_))
+    }
+
     /// Must be given to the container.
     pub fn on_line(&self) -> Option<OnLine> {
         let (Means::Lines(matched), Probe::Log(regex)) = (&self.means, &self.probe) else { return None };
