@@ -655,11 +655,14 @@ fn an_injection_that_waits_can_be_dropped() {
 }
 
 #[test]
-fn nothing_hot_is_nothing_to_inject() {
+fn without_hot_pages_there_is_read_ahead_at_once() {
     let fixture = Fixture::of(&Synthetic::hostile());
     let empty = tempfile::tempfile_in(fixture.dir.path()).unwrap();
     let rootfs = fixture.mount(Some(HotPages { zone: &empty, zone_pages: 0, runs: &[], arrivals: None }));
     assert!(rootfs.inject().unwrap().is_none());
+    fs::read(rootfs.path().join("sizes/3145733")).unwrap();
+    let ColdStats { cold_pages, cold_requests } = rootfs.cold_stats();
+    assert!(cold_pages == 769 && cold_requests < 769 / 8, "{cold_pages} pages in {cold_requests} requests");
 }
 
 #[test]

@@ -1,26 +1,48 @@
 //! Which pages of a file the kernel's page cache holds: the check on the probe, and its replacement where there is no
 //! BPF.
 //!
-//! cachestat(2) (Linux 6.5) says how many pages a file has there, so that files without any cost one call; mincore(2)
-//! says which. Neither reads a page. Opening and mapping a file does not either.
+//! mincore(2) says which pages of a file can be used; cachestat(2) (Linux 6.5) says how many are there or being read, so
+//! that files without any cost one call. Neither reads a page. Opening and mapping a file does not either.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
-use memmap2::Mmap;
+use memmap2::MmapOptions;
 use tdfs_common::bitmap::PageBitmap;
-use tdfs_common::page;
+use tdfs_common::page::{self, PAGE_SIZE};
 
-/// The resident pages of `file`, up to its size.
+/// How often, and how long after each other, pages are looked for while some are on their way.
+const ATTEMPTS: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// The resident pages of `file`, up to its size. Where the kernel tells of pages that are being read, waits for them for
+/// up to a tenth of a second.
 pub fn resident(file: &File) -> io::Result<PageBitmap> {
     let pages = page::count(file.metadata()?.len());
+    for _ in 1..ATTEMPTS {
+        let cached = cached(file, pages)?;
+        if cached == Some(0) {
+            return Ok(PageBitmap::new(pages));
+        }
+        let found = valid(file, pages)?;
+        if cached.is_none_or(|cached| cached <= found.count()) {
+            return Ok(found);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    valid(file, pages)
+}
+
+/// The first `pages` pages of `file` that can be used without a read.
+fn valid(file: &File, pages: u64) -> io::Result<PageBitmap> {
     let mut found = PageBitmap::new(pages);
-    if pages == 0 || cached(file)? == Some(0) {
+    if pages == 0 {
         return Ok(found);
     }
     // SAFETY: the mapping is never dereferenced, so it does not matter who changes the file.
-    let map = unsafe { Mmap::map(file)? };
+    let map = unsafe { MmapOptions::new().len(pages as usize * PAGE_SIZE).map(file)? };
     let mut residency = vec![0u8; pages as usize];
     // SAFETY: the range is mapped; the vector has a byte for each of its pages.
     let done = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), residency.as_mut_ptr()) };
@@ -38,10 +60,14 @@ pub fn resident(file: &File) -> io::Result<PageBitmap> {
 /// cachestat(2), the same number on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// Number of pages of `file` in the page cache; `None` where the kernel has no cachestat(2).
-fn cached(file: &File) -> io::Result<Option<u64>> {
-    // struct cachestat_range { off, len }: length 0 is up to the end. struct cachestat: five counters, nr_cache first.
-    let range = [0u64; 2];
+/// How many of the first `pages` pages of `file` are in the page cache, or on their way there; `None` where the kernel has
+/// no cachestat(2).
+fn cached(file: &File, pages: u64) -> io::Result<Option<u64>> {
+    if pages == 0 {
+        return Ok(Some(0));
+    }
+    // struct cachestat_range { off, len }. struct cachestat: five counters, nr_cache first.
+    let range = [0, pages * PAGE_SIZE as u64];
     let mut counters = [0u64; 5];
     // SAFETY: both structures have the size the call expects.
     let done =
@@ -65,8 +91,6 @@ pub fn forget(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-
-    use tdfs_common::page::PAGE_SIZE;
 
     use super::*;
 

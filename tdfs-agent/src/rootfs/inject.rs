@@ -42,8 +42,9 @@ const GATHER: Duration = Duration::from_millis(5);
 /// Pages that may be under way to the page cache: where the kernel reads in the background (`directio`, see the parent
 /// module), a page that somebody needs now queues behind them. About a millisecond.
 const IN_FLIGHT_PAGES: u32 = 256;
-/// Read-ahead once the hot pages are in, KiB: the kernel's default.
-const READ_AHEAD_AFTER: u32 = 128;
+/// Read-ahead once the hot pages are in, KiB: the kernel's default. An evicted page comes back with its neighbours: cold
+/// ones among them are read too, and where one folio holds both, it fails with them.
+pub(super) const READ_AHEAD: u32 = 128;
 /// Files kept open at a time; runs come back to a file often.
 const OPEN_FILES: usize = 400;
 
@@ -95,7 +96,7 @@ impl Injector {
                 // With read-ahead, a page that cannot be read would take its neighbours along.
                 return injected;
             }
-            read_ahead.set(READ_AHEAD_AFTER)?;
+            read_ahead.set(READ_AHEAD)?;
             injected?;
             advise_zone(&zone, &runs, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
         };

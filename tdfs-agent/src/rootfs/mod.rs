@@ -219,9 +219,13 @@ impl RootFs {
         self.read_ahead.set(kib).map_err(RootfsError::io(&self.root))
     }
 
-    /// Starts to inject the hot pages, awaited ones as they arrive; `None` without any. End it before the mount.
+    /// Starts to inject the hot pages, awaited ones as they arrive. End it before the mount. Without any there is nothing
+    /// to do but what every injection ends with: read-ahead.
     pub fn inject(&self) -> Result<Option<Injector>, RootfsError> {
-        let Some(hot) = &self.hot else { return Ok(None) };
+        let Some(hot) = &self.hot else {
+            self.set_read_ahead(inject::READ_AHEAD)?;
+            return Ok(None);
+        };
         let start = |root: File| {
             let arriving = hot.arrivals.as_ref().map(|a| (Arc::clone(a), self.runtime.clone()));
             let (paths, runs) = (hot.paths.clone(), Arc::clone(&hot.runs));
