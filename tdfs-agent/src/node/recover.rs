@@ -19,7 +19,7 @@ pub async fn recover(state: &State) -> Result<(), NodeError> {
         let _ = nix::mount::umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         tracing::info!(target = %target.display(), "removed the mount of a dead process");
     }
-    for dir in rootfs::recover(&state.runs()).map_err(at)? {
+    for dir in rootfs::recover(&state.runs(), sandbox::end_orphans).map_err(at)? {
         tracing::info!(dir = %dir.display(), "removed what a dead process left");
     }
     let containers = match fs::read_dir(state.runc()) {

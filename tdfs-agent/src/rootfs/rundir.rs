@@ -71,9 +71,10 @@ impl Drop for RunDir {
     }
 }
 
-/// Removes the run directories in `parent` whose owners are dead, with everything mounted below them; returns which. A
-/// container that still runs on such a mount keeps it, without its cold pages.
-pub fn recover(parent: &Path) -> io::Result<Vec<PathBuf>> {
+/// Removes the run directories in `parent` whose owners are dead, with everything mounted below them, each after `end` has
+/// ended whatever may still write into it; returns which. A container that still runs on such a mount keeps it, without
+/// its cold pages.
+pub fn recover(parent: &Path, end: impl Fn(&Path) -> io::Result<()>) -> io::Result<Vec<PathBuf>> {
     let mut recovered = Vec::new();
     let parent = match parent.canonicalize() {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(recovered),
@@ -97,6 +98,7 @@ pub fn recover(parent: &Path) -> io::Result<Vec<PathBuf>> {
             }
             Err(e) => return Err(e),
         };
+        end(&path)?;
         clear(&path)?;
         drop(RunDir { path: path.clone(), _lock: lock });
         recovered.push(path);
@@ -146,12 +148,14 @@ fn clear(dir: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    const NOTHING_RUNS: fn(&Path) -> io::Result<()> = |_| Ok(());
+
     #[test]
     fn living_owners_are_left_alone() {
         let parent = tempfile::tempdir().unwrap();
         let run = RunDir::create(&parent.path().join("a")).unwrap();
         std::fs::write(run.path().join("file"), "x").unwrap();
-        assert_eq!(recover(parent.path()).unwrap(), Vec::<PathBuf>::new());
+        assert_eq!(recover(parent.path(), NOTHING_RUNS).unwrap(), Vec::<PathBuf>::new());
         let error = RunDir::create(run.path()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
@@ -167,7 +171,7 @@ mod tests {
         std::fs::write(dead.join(OWNER), "1 1\n").unwrap();
         std::fs::create_dir(parent.path().join("other")).unwrap();
         std::fs::write(parent.path().join("other/file"), "x").unwrap();
-        assert_eq!(recover(parent.path()).unwrap(), [dead.as_path()]);
+        assert_eq!(recover(parent.path(), NOTHING_RUNS).unwrap(), [dead.as_path()]);
         assert!(!dead.exists());
         assert!(parent.path().join("other/file").exists());
     }
@@ -186,6 +190,6 @@ mod tests {
 
     #[test]
     fn nothing_to_recover_is_no_error() {
-        assert!(recover(Path::new("/nonexistent/run")).unwrap().is_empty());
+        assert!(recover(Path::new("/nonexistent/run"), NOTHING_RUNS).unwrap().is_empty());
     }
 }

@@ -14,6 +14,7 @@
 mod accounts;
 mod bundle;
 mod launch;
+mod orphan;
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,6 +34,7 @@ use tokio::sync::watch;
 pub use accounts::{Accounts, Identity};
 pub use bundle::Workload;
 pub use launch::Launch;
+pub use orphan::end_orphans;
 
 /// Longest line that is looked at as a whole, bytes.
 const LINE_MAX: usize = 64 << 10;
