@@ -10,8 +10,8 @@ use super::{NodeError, State};
 use crate::record::sandbox;
 use crate::rootfs;
 
-/// Kills containers without a run directory, and unmounts and removes run directories without an owner. Everything
-/// that lives stays untouched.
+/// Unmounts and removes run directories without an owner, after any runc that is still making their container, and kills
+/// containers without a run directory. Everything that lives stays untouched.
 pub async fn recover(state: &State) -> Result<(), NodeError> {
     let at = |source| NodeError::State { path: state.runs(), source };
     for target in dead_targets(&state.runs()).map_err(at)? {

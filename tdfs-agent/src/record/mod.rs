@@ -15,7 +15,8 @@
 //! where the container was stopped.
 //! O_DIRECT and DAX are outside: EROFS files have neither behind an overlay.
 //!
-//! A crash leaves a container and mounts, which `sandbox::remove_leftover` and `rootfs::recover` remove.
+//! A crash leaves a container or a runc that makes it, and mounts: `sandbox::remove_leftover`, `sandbox::end_orphans` and
+//! `rootfs::recover` remove them.
 
 mod offsets;
 mod oracle;

@@ -21,6 +21,9 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// up to a tenth of a second.
 pub fn resident(file: &File) -> io::Result<PageBitmap> {
     let pages = page::count(file.metadata()?.len());
+    if pages == 0 {
+        return Ok(PageBitmap::new(0));
+    }
     for _ in 1..ATTEMPTS {
         let cached = cached(file, pages)?;
         if cached == Some(0) {
@@ -35,12 +38,9 @@ pub fn resident(file: &File) -> io::Result<PageBitmap> {
     valid(file, pages)
 }
 
-/// The first `pages` pages of `file` that can be used without a read.
+/// Those of the first `pages` pages of `file`, at least one, that can be used without a read.
 fn valid(file: &File, pages: u64) -> io::Result<PageBitmap> {
     let mut found = PageBitmap::new(pages);
-    if pages == 0 {
-        return Ok(found);
-    }
     // SAFETY: the mapping is never dereferenced, so it does not matter who changes the file.
     let map = unsafe { MmapOptions::new().len(pages as usize * PAGE_SIZE).map(file)? };
     let mut residency = vec![0u8; pages as usize];
@@ -60,13 +60,10 @@ fn valid(file: &File, pages: u64) -> io::Result<PageBitmap> {
 /// cachestat(2), the same number on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// How many of the first `pages` pages of `file` are in the page cache, or on their way there; `None` where the kernel has
+/// How many of the first `pages` pages of `file`, at least one, are in the page cache, or on their way there; `None` where the kernel has
 /// no cachestat(2).
 fn cached(file: &File, pages: u64) -> io::Result<Option<u64>> {
-    if pages == 0 {
-        return Ok(Some(0));
-    }
-    // struct cachestat_range { off, len }. struct cachestat: five counters, nr_cache first.
+    // struct cachestat_range { off, len }: length 0 would be up to the end. struct cachestat: five counters, nr_cache first.
     let range = [0, pages * PAGE_SIZE as u64];
     let mut counters = [0u64; 5];
     // SAFETY: both structures have the size the call expects.

@@ -8,7 +8,7 @@
 //!
 //! `config.json` is a symbolic link to a descriptor that runc inherits, the end of a pipe: booting takes runc 10 ms or
 //! more, which then cost nothing. If this process dies first, the pipe ends and so does runc, before it has made
-//! anything; so it does when a launch is dropped.
+//! anything; so it does when a launch is dropped. If it dies later, runc goes on (`orphan.rs`).
 //!
 //! The first move of a process between control groups in a while waits for an RCU grace period, 6 to 13 ms at HZ=250, and
 //! runc makes one in every start; those that follow soon do not wait (`cgroup_threadgroup_rwsem`, a per-CPU lock whose

@@ -9,7 +9,7 @@
 //! The container's output goes through two pipes: every line is shown to `on_line` as soon as it is complete, the last
 //! lines are kept for messages, and all of it is passed on. The container is our child by way of the subreaper
 //! attribute, so that its exit status reaches us. If this process dies, the container lives on until
-//! [`remove_leftover`] finds it.
+//! [`remove_leftover`] finds it, and a runc that is still making it until [`end_orphans`] does.
 
 mod accounts;
 mod bundle;
